@@ -1,0 +1,65 @@
+"""The comparison of two runs; every number comes from their event files and checkpoints."""
+
+import math
+import statistics
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+VALIDATION_LOSS = "lm loss validation"
+SECONDS_PER_STEP = "iteration-time"
+
+
+def read_scalar(folder: Path, tag: str) -> dict[int, float]:
+    """A curve of a run from its event files: step to value; a step that was logged twice has its last value."""
+    events = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters of the model in the last checkpoint, each counted once however many ranks hold it."""
+    checkpoints = folder / "checkpoints"
+    step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    stored = FileSystemReader(checkpoints / f"iter_{step:07d}").read_metadata().state_dict_metadata
+    return sum(
+        math.prod(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(("optimizer.", "rng_state"))
+    )
+
+
+def step_of_loss(curve: dict[int, float], loss: float) -> float | None:
+    """Where a curve first falls to ``loss``, interpolated between validations; None if it does not."""
+    before = None
+    for step, value in sorted(curve.items()):
+        if value <= loss:
+            if before is None:
+                return step
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = step, value
+    return None
+
+
+def summarise(baseline: Path, wide: Path, virtual_width: str, tokens_per_step: int) -> str:
+    """The closing table."""
+    curves = [read_scalar(folder, VALIDATION_LOSS) for folder in (baseline, wide)]
+    final = [curve[max(curve)] for curve in curves]
+    tokens = max(curves[0]) * tokens_per_step
+    reached = step_of_loss(curves[1], final[0])
+    needed = "not reached" if reached is None else f"{reached * tokens_per_step:,.0f}"
+    seconds = [statistics.median(read_scalar(folder, SECONDS_PER_STEP).values()) for folder in (baseline, wide)]
+    parameters = [count_parameters(folder) for folder in (baseline, wide)]
+    rows = [
+        ("", "baseline", virtual_width),
+        ("final validation loss", f"{final[0]:.4f}", f"{final[1]:.4f}"),
+        ("tokens to the baseline's final loss", f"{tokens:,}", needed),
+        ("time per step (median)", f"{seconds[0] * 1e3:.0f} ms", f"{seconds[1] * 1e3:.0f} ms"),
+        ("parameters", f"{parameters[0]:,}", f"{parameters[1]:,}"),
+        ("  of these the virtual width's", "", f"{parameters[1] - parameters[0]:,}"),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])

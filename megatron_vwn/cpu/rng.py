@@ -1,0 +1,21 @@
+"""The emulated GPU has one random number generator: the CPU's default one.
+
+``torch.cuda.random`` then works as it is, and so does Megatron's RNG tracker, whose ``fork()`` swaps the state of the
+CPU generator in and out. Host and device share a stream of random numbers that are separate on a GPU, so seeds give
+other numbers than there; save, restore and recompute stay exact, because both states are always taken together.
+"""
+
+import logging
+
+import torch
+
+
+def install() -> None:
+    """Point ``torch.cuda.random`` and Megatron's tracker at the CPU generator; ``runtime.install()`` comes before."""
+    torch.cuda.default_generators = (torch.default_generator,)
+    for name in ("current_device", "device_count", "is_initialized"):  # it imported these by name
+        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+    # The tracker warns when the CPU generator moves inside fork(), which is the point here.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

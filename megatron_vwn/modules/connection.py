@@ -1,0 +1,96 @@
+"""Generalized Hyper-Connection: what replaces the residual connection of one sublayer."""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_vwn import ops
+from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.partitioned import PartitionedModule
+from megatron_vwn.ops import composed
+
+
+class Connection(PartitionedModule):
+    """Reads a sublayer's input from the over-width state and writes its output back.
+
+        X  = A_read^T H          H' = B^T Y + A_carry^T H
+
+    with A and B static or computed from H (``ops.reference`` has the equations). Parameters are deviations from the
+    paper's initial values: all zeros, but for the norm weight. A, B and S are stored flat, because Megatron's standard rule
+    exempts one-dimensional parameters from weight decay; W has two dimensions and decays.
+
+    Args:
+        config: the backbone's config; D = hidden_size, eps = layernorm_epsilon.
+        virtual_width: the stream.
+        pg_collection: process groups; ``tp`` is used.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
+    ):
+        super().__init__(config, virtual_width, pg_collection)
+        self.num_coefficients = 2 * virtual_width.m + virtual_width.num_carry
+        self.add_parameter("routing", virtual_width.n * self.num_coefficients)
+        if virtual_width.dynamic:
+            self.add_parameter("scale", virtual_width.n * self.num_coefficients)
+            self.add_parameter("weight", self.local_segment_size, self.num_coefficients, channel_dim=0)
+            self.add_parameter("norm", self.local_segment_size, value=1.0, channel_dim=0)
+
+    def parameters_by_shape(self) -> ops.ConnectionParameters:
+        """The parameters as ops/ takes them."""
+        vw, k = self.virtual_width, self.num_coefficients
+        return ops.ConnectionParameters(
+            m=vw.m,
+            n=vw.n,
+            gate=vw.gate,
+            eps=self.config.layernorm_epsilon,
+            routing_NK=self.routing.view(vw.n, k),
+            scale_NK=self.scale.view(vw.n, k) if vw.dynamic else None,
+            weight_EK=self.weight if vw.dynamic else None,
+            norm_E=self.norm if vw.dynamic else None,
+        )
+
+    def read(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sublayer's input.
+
+        Args:
+            hidden_states: this rank's over-width state [s, b, N * E].
+
+        Returns:
+            The input [s, b, D] in the state's dtype, and what ``write`` wants back: under the width partition the
+            carry and write deviations, whose sums over ranks came with those of the read; else None.
+        """
+        h_TNE = self._segments(hidden_states)
+        p = self.parameters_by_shape()
+        shape = (*hidden_states.shape[:-1], self.config.hidden_size)
+        if not self.partition.splits_width:
+            return ops.read(h_TNE, p).view(shape), None
+        everything = slice(0, self.num_coefficients)
+        sums_TNK = self.partition.sum_over_channels(composed.project(h_TNE, p, everything)) if p.dynamic else None
+        deviation_TNK = self.partition.complete_gradient(
+            composed.deviations(sums_TNK, p, everything, self.segment_size)
+        )
+        x_TME = composed.mix_read(h_TNE, deviation_TNK[..., p.read_columns], p)
+        return self.partition.gather_channels(x_TME).reshape(shape), deviation_TNK[..., p.write_columns]
+
+    def write(self, hidden_states: Tensor, output: Tensor, deviation_TNK: Tensor | None) -> Tensor:
+        """The next over-width state.
+
+        Args:
+            hidden_states: the state that was read, [s, b, N * E].
+            output: the sublayer's output [s, b, D], without a residual.
+            deviation_TNK: what ``read`` returned.
+
+        Returns:
+            The next state, of the shape and dtype of hidden_states.
+        """
+        h_TNE = self._segments(hidden_states)
+        p = self.parameters_by_shape()
+        y_TD = output.reshape(-1, output.shape[-1])
+        if not self.partition.splits_width:
+            return ops.write(h_TNE, y_TD, p).view(hidden_states.shape)
+        y_TME = self.partition.scatter_channels(y_TD.unflatten(-1, (p.m, self.segment_size)))
+        return composed.mix_write(h_TNE, y_TME, deviation_TNK, p).view(hidden_states.shape)
+
+    def _segments(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.reshape(-1, self.virtual_width.n, self.local_segment_size)

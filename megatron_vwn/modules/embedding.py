@@ -1,0 +1,81 @@
+"""Over-width embedding: from token ids to the first over-width state."""
+
+import copy
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_vwn import ops
+from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.partitioned import PartitionedModule
+from megatron_vwn.parallel.partition import StreamPartition
+
+
+class Expansion(PartitionedModule):
+    """H = W_expand X, with W_expand stored as its deviation [N, E, D] from tiling, so that it starts as a copy.
+
+    Three dimensions, because under the width partition a rank owns its channels of every segment, which in a [D', D] matrix
+    would be no contiguous block.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
+    ):
+        super().__init__(config, virtual_width, pg_collection)
+        self.add_parameter("weight", virtual_width.n, self.local_segment_size, config.hidden_size, channel_dim=1)
+
+    def forward(self, x_sbD: Tensor) -> Tensor:
+        """X [s, b, D], whole on every rank, to this rank's state [s, b, N, E]."""
+        vw = self.virtual_width
+        copies = ops.tile(self.partition.scatter_channels(x_sbD.unflatten(-1, (vw.m, -1))), vw.n)
+        # A rank's product sees only its own rows of W_expand, so the gradient of X has to be summed over ranks.
+        x_sbD = self.partition.complete_gradient(x_sbD).to(self.weight.dtype)
+        return copies + (x_sbD @ self.weight.flatten(0, 1).T).view(copies.shape)
+
+
+class OverWidthEmbedding(LanguageModelEmbedding):
+    """Megatron's embedding, whose output is this rank's over-width state [s, b, N * E].
+
+        wide        the table itself is [vocab, D']
+        projected   a table [vocab, D], then W_expand
+        tiled       a table [vocab, D], copied: segment j is segment j mod m of the token's vector
+
+    Dropout comes before tiling. The wide table is split by vocabulary like any other; under the width partition the summed
+    vector is then cut to this rank's channels, so the checkpoint's layout is the same for every partition.
+
+    Args:
+        config: the backbone's config.
+        virtual_width: the stream.
+        pg_collection: process groups; ``tp`` is used.
+        kwargs: those of LanguageModelEmbedding.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args,
+        virtual_width: VirtualWidthConfig,
+        pg_collection: ProcessGroupCollection,
+        **kwargs,
+    ):
+        table_config = config
+        if virtual_width.embedding == "wide":
+            # The stock embedding takes every width, of the table and of learned positions, from hidden_size.
+            table_config = copy.copy(config)
+            table_config.hidden_size = virtual_width.over_width(config.hidden_size)
+        super().__init__(table_config, *args, **kwargs)
+        self.virtual_width = virtual_width
+        self.partition = StreamPartition.of(config, virtual_width, pg_collection.tp)
+        if virtual_width.embedding == "projected":
+            self.expansion = Expansion(config, virtual_width, pg_collection)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        """Token ids [b, s] to this rank's over-width state [s, b, N * E]; arguments of the stock embedding."""
+        x = super().forward(*args, **kwargs)
+        vw = self.virtual_width
+        if vw.embedding == "projected":
+            return self.expansion(x).flatten(-2)
+        segments = self.partition.scatter_channels(x.unflatten(-1, (vw.n if vw.embedding == "wide" else vw.m, -1)))
+        return ops.tile(segments, vw.n).flatten(-2)

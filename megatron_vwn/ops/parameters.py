@@ -1,0 +1,80 @@
+"""What one connection is made of, as plain tensors, and the shape suffixes that all of ops/ and modules/ use.
+
+Shape suffixes:
+    T   tokens (sequence times batch, flattened)
+    N   n, segments of the over-width state
+    M   m, segments of one backbone vector
+    E   D/m, channels of a segment (under the width partition: this rank's share of them)
+    D   hidden size of the backbone, D = M * E
+    K   coefficients per segment: m read + (n or 0) carry + m write, in this order
+
+``h_TNE`` is the over-width state with E contiguous, ``x_TD`` and ``y_TD`` are a sublayer's input and output.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ConnectionParameters(NamedTuple):
+    """One connection. Learned tensors are deviations from the paper's initial values, so all but a norm start at zero.
+
+    Row j of every [N, K] tensor belongs to segment j: its read and carry columns weigh what is taken FROM segment j, its
+    write columns what is added TO segment j. Row j's write columns are therefore column j of the paper's B.
+
+    Attributes:
+        m: fraction rate.
+        n: number of segments.
+        gate: "tanh" (A(H) = S o tanh(z) + A) or "sigmoid" (A(H) = A o 2 sigmoid(S o z)).
+        eps: added to the mean square inside the RMSNorm of H.
+        routing_NK: deviation of [A_read | A_carry | B^T] from the initial pattern.
+        scale_NK: deviation of S from one; None for a static connection.
+        weight_EK: [W_a_read | W_a_carry | W_b]; None for a static connection.
+        norm_E: RMSNorm weight itself, ones at birth; None for a static connection.
+    """
+
+    m: int
+    n: int
+    gate: Literal["tanh", "sigmoid"]
+    eps: float
+    routing_NK: Tensor
+    scale_NK: Tensor | None = None
+    weight_EK: Tensor | None = None
+    norm_E: Tensor | None = None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether coefficients depend on the token."""
+        return self.weight_EK is not None
+
+    @property
+    def num_carry(self) -> int:
+        """n, or 0 where the carry is the identity."""
+        return self.routing_NK.shape[1] - 2 * self.m
+
+    @property
+    def read_columns(self) -> slice:
+        """Columns of K that form A_read."""
+        return slice(0, self.m)
+
+    @property
+    def write_columns(self) -> slice:
+        """Columns of K that form A_carry and B^T: all that a write needs."""
+        return slice(self.m, self.m + self.num_carry + self.m)
+
+
+def initial_pattern(m: int, n: int, num_carry: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The initial [A_read | A_carry | B^T] as an [N, K] tensor: [I_m; 0], I_n, and B^T[j, i] = 1 where i = j mod m."""
+    segment_N = torch.arange(n, device=device)
+    pattern_NK = torch.zeros(n, 2 * m + num_carry, dtype=dtype, device=device)
+    pattern_NK[segment_N[:m], segment_N[:m]] = 1
+    if num_carry:
+        pattern_NK[segment_N, m + segment_N] = 1
+    pattern_NK[segment_N, m + num_carry + segment_N % m] = 1
+    return pattern_NK
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half precisions, else the dtype itself: coefficients, norms and sums never use fewer bits."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

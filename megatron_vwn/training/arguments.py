@@ -1,0 +1,117 @@
+"""The ``--vwn-*`` flags beside Megatron's own, and their way into a ``VirtualWidthConfig``.
+
+Every flag defaults to None ("not given") so that ``VirtualWidthConfig`` stays the only place with defaults and choices,
+and so that a flag without a virtual width to act on can be refused instead of ignored.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import get_args
+
+from megatron_vwn.config import Carry, Connection, Embedding, Gate, Partition, VirtualWidthConfig, VirtualWidthError
+
+_FIELDS = tuple(field.name for field in fields(VirtualWidthConfig))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--vwn-*`` group to Megatron's parser; the form that Megatron calls an ``extra_args_provider``.
+
+    A parser error (an unknown flag, a letter where a number belongs) is raised as a ``VirtualWidthError`` rather than
+    answered with the several hundred lines of usage that every rank would print.
+    """
+    parser.error = _refuse
+    group = parser.add_argument_group(
+        "virtual width",
+        "Give --vwn-m and --vwn-n for a virtual width network; neither trains the ordinary HybridModel.",
+    )
+    group.add_argument(
+        "--vwn-m", type=int, metavar="M", help="Segments that one backbone vector of --hidden-size is cut into."
+    )
+    group.add_argument(
+        "--vwn-n", type=int, metavar="N", help="Segments of the residual stream, N >= M; it is N/M times the backbone."
+    )
+    _add_choice(group, "connection", Connection, "Coefficients per token (DGHC) or learned constants (GHC).")
+    _add_choice(
+        group, "gate", Gate, "How dynamic coefficients are squashed: additive tanh or multiplicative 2 sigmoid."
+    )
+    _add_choice(group, "carry", Carry, "Whether segments mix on their way past a sublayer or pass unchanged.")
+    _add_choice(
+        group,
+        "embedding",
+        Embedding,
+        "A table of the full width, an ordinary table and a learned expansion, or an ordinary table and copies.",
+        default="projected if N > 2M, else wide",
+    )
+    group.add_argument(
+        "--vwn-reduce-norm",
+        action=argparse.BooleanOptionalAction,
+        help="Group RMS norm in groups of --hidden-size before the stream is reduced for the head "
+        "(default: on if N > 2M and N is a multiple of M, else off).",
+    )
+    _add_choice(
+        group,
+        "partition",
+        Partition,
+        "How tensor-parallel ranks share the stream: by token, by channel of every segment, or not at all; "
+        "may change when a run resumes.",
+        default="sequence with --sequence-parallel, else width",
+    )
+    return parser
+
+
+def virtual_width_from_args(args: argparse.Namespace) -> VirtualWidthConfig | None:
+    """The virtual width that parsed flags ask for; None for the ordinary model.
+
+    Also reads the arguments that a checkpoint was saved with; one without any ``vwn_*`` attribute is an ordinary model.
+
+    Raises:
+        VirtualWidthError: only one of m and n, another ``--vwn-*`` flag without them, or values no model can have.
+    """
+    given = {name: value for name in _FIELDS if (value := getattr(args, f"vwn_{name}", None)) is not None}
+    if not given:
+        return None
+    missing = [name for name in ("m", "n") if name not in given]
+    if missing:
+        raise VirtualWidthError(
+            f"{_flags(given)} {'says' if len(given) == 1 else 'say'} nothing without {_flags(missing)}: "
+            f"add {_flags(missing)}, or drop {_flags(given)} to train the ordinary model."
+        )
+    return VirtualWidthConfig(**given)
+
+
+def record_virtual_width(args: argparse.Namespace, virtual_width: VirtualWidthConfig) -> None:
+    """Write the resolved defaults back into ``args``.
+
+    Megatron prints ``args`` and saves them with every checkpoint, so both state what was trained even if a later
+    version of this package chooses other defaults.
+    """
+    for name in _FIELDS:
+        setattr(args, f"vwn_{name}", getattr(virtual_width, name))
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a ``VirtualWidthConfig`` field."""
+    return f"--vwn-{name.replace('_', '-')}"
+
+
+def typed(name: str, value: str | int | bool) -> str:
+    """A field of ``VirtualWidthConfig`` as it is typed on the command line."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(name).replace("--", "--no-", 1)
+    return f"{flag(name)} {value}"
+
+
+def _flags(names: Iterable[str]) -> str:
+    return " and ".join(flag(name) for name in names)
+
+
+def _add_choice(group, name: str, choices, description: str, default: str | None = None) -> None:
+    """Add a flag with named choices; ``VirtualWidthConfig`` checks them, so that its sentence is the one printed."""
+    default = default or getattr(VirtualWidthConfig, name)
+    metavar = f"{{{','.join(get_args(choices))}}}"
+    group.add_argument(flag(name), metavar=metavar, help=f"{description} (default: {default}).")
+
+
+def _refuse(message: str) -> None:
+    raise VirtualWidthError(f"{message}: see --help for the flags.")

@@ -1,0 +1,119 @@
+"""Repairs of megatron-core 0.19's wheel where neither Transformer Engine nor Apex is installed.
+
+Needed on a GPU as much as on a CPU: the wheel lacks a Makefile that ``pretrain()`` runs, and its distributed optimizer
+cannot resume with ``torch.optim.Adam``, the fallback for FusedAdam. Each repair first looks whether it is needed and
+whether Megatron still is what it repairs.
+"""
+
+import inspect
+from functools import wraps
+from pathlib import Path
+
+import torch
+from megatron.core import __version__ as megatron_version
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.optimizer import distrib_optimizer
+
+from megatron_vwn.config import VirtualWidthError
+
+_applied = False
+
+
+def apply() -> None:
+    """Repair Megatron in this process, once; call it before ``pretrain()`` or before building an optimizer.
+
+    Raises:
+        VirtualWidthError: if this version of Megatron has not the functions that the repairs were written for.
+    """
+    global _applied
+    if _applied:
+        return
+    _skip_makefile_of_dataset_helpers()
+    _resume_distributed_optimizer_with_torch_adam()
+    _applied = True
+
+
+def _expect(owner, name: str, *parameters: str):
+    """The function ``owner.name``, if it still takes exactly these parameters."""
+    function = getattr(owner, name, None)
+    if function is None or tuple(inspect.signature(function).parameters) != parameters:
+        raise VirtualWidthError(
+            f"megatron-core {megatron_version} has no {owner.__name__}.{name}({', '.join(parameters)}), which "
+            "megatron_vwn.training.wheel_fixes repairs: install a 0.19 release."
+        )
+    return function
+
+
+def _skip_makefile_of_dataset_helpers() -> None:
+    """Do not run ``make`` for dataset helpers that the wheel brings compiled, without the Makefile to compile them."""
+    _expect(dataset_utils, "compile_helpers")
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return
+    if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
+        dataset_utils.compile_helpers = lambda: None
+
+
+def _resume_distributed_optimizer_with_torch_adam() -> None:
+    """Let ``DistributedOptimizer`` save and resume ``torch.optim.Adam`` and ``AdamW`` exactly.
+
+    Torch keeps a tensor "step" in each parameter's state, where FusedAdam keeps a number in the parameter group:
+
+    - a fresh optimizer has no state to take the step from, so ``state_dict()``, called first of all by a load, fails;
+    - "fully_reshardable" loads leave "step" out and fail on its absence; "dp_reshardable" ones bring the one that the
+      fresh optimizer had, which would replace the step just restored from the parameter groups;
+    - both copy into parameters that require gradients, "dp_reshardable" outside of ``no_grad``;
+    - ``load_state_dict()`` gives one tensor to all parameters, so that every update would advance it once for each.
+    """
+    if not hasattr(distrib_optimizer, "HAVE_APEX_OR_TE"):
+        raise VirtualWidthError(
+            f"megatron-core {megatron_version} does not say whether its distributed optimizer uses torch's Adam "
+            "(HAVE_APEX_OR_TE): install a 0.19 release."
+        )
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    state_dict = _expect(optimizer_class, "state_dict", "self")
+    load_state_dict = _expect(optimizer_class, "load_state_dict", "self", "state_dict")
+    set_states = _expect(optimizer_class, "_set_main_param_and_optimizer_states", "self", "model_param", "tensors")
+
+    @wraps(state_dict)
+    def state_dict_of_fresh_optimizer_too(self):
+        if _is_torch_adam(self.optimizer):
+            _allocate_missing_state(self.optimizer, self.optimizer_state_keys)
+        return state_dict(self)
+
+    @wraps(load_state_dict)
+    def load_state_dict_with_own_steps(self, loaded):
+        load_state_dict(self, loaded)
+        if _is_torch_adam(self.optimizer):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    @wraps(set_states)
+    def set_states_but_step(self, model_param, tensors):
+        if _is_torch_adam(self.optimizer):
+            tensors = {**tensors, "step": None}  # what is no tensor is left as it is
+        with torch.no_grad():
+            set_states(self, model_param, tensors)
+
+    optimizer_class.state_dict = state_dict_of_fresh_optimizer_too
+    optimizer_class.load_state_dict = load_state_dict_with_own_steps
+    optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
+
+
+def _is_torch_adam(optimizer) -> bool:
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _allocate_missing_state(optimizer: torch.optim.Optimizer, keys: tuple[str, ...]) -> None:
+    """Give parameters that were never updated the state that Adam's first step would: zeros, on Adam's devices."""
+    for group in optimizer.param_groups:
+        step_on_device = group.get("capturable") or group.get("fused")
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                device = parameter.device if step_on_device else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in keys})

@@ -1,0 +1,285 @@
+"""Every parallel check in one torchrun session, because importing Megatron costs more than all of them.
+
+Rank 0 writes one JSON line per check to the file named on the command line as soon as it is done, so a session that dies
+still says how far it came.
+"""
+
+import megatron_vwn.cpu
+
+megatron_vwn.cpu.install()
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+import traceback  # noqa: E402
+from functools import cache  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from parallel import harness  # noqa: E402
+from parallel.cases import (  # noqa: E402
+    ALONE,
+    BIRTH,
+    CHECKS,
+    PARITY,
+    RANKS,
+    RESHARDING,
+    TP2_SP,
+    TRAINING,
+    Case,
+    Layout,
+    stream,
+)
+
+from megatron_vwn.training import wheel_fixes  # noqa: E402
+
+LOSS_TOLERANCE = 1e-6  # fp32 sums over 128 tokens in another order
+GRADIENT_TOLERANCE = 1e-4  # fp32 through 8 sublayers, sums over ranks in another order
+BIRTH_TOLERANCE = 1e-5  # the same function, computed through a wide stream
+TRAINING_STEPS = 20
+
+
+@cache
+def reference(case: Case):
+    """The case on one rank: global parameters, loss, global gradients.
+
+    Ask for it before building a session: there is one set of process groups at a time.
+    """
+    session = harness.build(ALONE, case)
+    harness.perturb(session)
+    parameters, _ = harness.collect(session)
+    loss = harness.forward_backward(session)
+    gradients, _ = harness.collect(session, "gradients")
+    return parameters, loss, gradients
+
+
+def within(errors: dict[str, float], tolerance: float) -> str:
+    """The worst error as text; AssertionError names what is beyond the tolerance."""
+    beyond = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance}
+    assert not beyond, f"beyond {tolerance:g}: {beyond}"
+    worst = max(errors, key=errors.get)
+    return f"worst {errors[worst]:.1e} ({worst})"
+
+
+def parity(layout: Layout, case: Case) -> str:
+    """Loss and every gradient, of VWN and backbone parameters, equal the single-rank run's."""
+    parameters, loss, gradients = reference(_without_layout(case))
+    session = harness.build(layout, case, seed=2)
+    harness.load_globals(session, parameters)
+    actual = harness.forward_backward(session)
+    actual_gradients, unequal = harness.collect(session, "gradients")
+    assert abs(actual - loss) <= LOSS_TOLERANCE * abs(loss), f"loss {actual!r} instead of {loss!r}"
+    assert not unequal, f"gradients differ between replicas of {unequal}"
+    errors = harness.relative_errors(actual_gradients, gradients)
+    vwn = [key for key in errors if harness.is_virtual_width(key)]
+    assert vwn and all(gradients[key].norm() > 0 for key in vwn), "a VWN gradient is zero: the check would prove nothing"
+    return within(errors, GRADIENT_TOLERANCE)
+
+
+def _without_layout(case: Case) -> Case:
+    """The same function on one rank: nothing that says how it is computed."""
+    how = ("recompute", "moe_token_dispatcher_type")
+    overrides = tuple((key, value) for key, value in case.overrides if not key.startswith(how))
+    return dataclasses.replace(
+        case, virtual_width=dataclasses.replace(case.virtual_width, partition=None), overrides=overrides
+    )
+
+
+def optimizer_of(session: harness.Session):
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-2,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        use_distributed_optimizer=session.layout.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, session.chunks)
+
+
+def train(session: harness.Session, optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        losses.append(harness.forward_backward(session, step))
+        successful, _, _ = optimizer.step()
+        assert successful
+    return losses
+
+
+def replicas(layout: Layout, case: Case) -> str:
+    """After 20 Adam steps every replica of every parameter is bitwise equal on all ranks."""
+    parameters, _, _ = reference(_without_layout(case))
+    session = harness.build(layout, case, seed=2)
+    harness.load_globals(session, parameters)
+    before, _ = harness.collect(session)
+    losses = train(session, optimizer_of(session), range(TRAINING_STEPS))
+    after, unequal = harness.collect(session)
+    assert not unequal, f"replicas drifted apart: {unequal}"
+    assert losses[-1] < losses[0], losses
+    still = [key for key in after if harness.is_virtual_width(key) and torch.equal(before[key], after[key])]
+    assert not still, f"never trained: {still}"
+    return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+def _checkpoint(session: harness.Session, optimizer, *, is_loading: bool) -> dict:
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": session.groups.dp_cp}
+    state = {
+        f"model{i}": model.sharded_state_dict(prefix="", metadata=metadata) for i, model in enumerate(session.models)
+    }
+    merged = {key: value for part in state.values() for key, value in part.items()}
+    optimizer_state = optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=metadata)
+    return {**state, "optimizer": optimizer_state}
+
+
+@cache
+def saved() -> tuple[str, list[float]]:
+    """Four steps at TP2+SP with the distributed optimizer, a checkpoint, and the losses of the four steps after it."""
+    parameters, _, _ = reference(Case())
+    session = harness.build(dataclasses.replace(TP2_SP, distributed_optimizer=True), Case(), seed=2)
+    harness.load_globals(session, parameters)
+    optimizer = optimizer_of(session)
+    train(session, optimizer, range(4))
+    folder = [tempfile.mkdtemp(prefix="vwn-checkpoint-") if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+    dist_checkpointing.save(_checkpoint(session, optimizer, is_loading=False), folder[0])
+    torch.distributed.barrier()
+    return folder[0], train(session, optimizer, range(4, 8))
+
+
+def resharding(layout: Layout, case: Case) -> str:
+    """A TP2+SP checkpoint, optimizer included, goes on in another layout with the same losses."""
+    folder, expected = saved()
+    session = harness.build(layout, case, seed=5)
+    optimizer = optimizer_of(session)
+    loaded = dist_checkpointing.load(_checkpoint(session, optimizer, is_loading=True), folder)
+    for i, model in enumerate(session.models):
+        model.load_state_dict(loaded[f"model{i}"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    losses = train(session, optimizer, range(4, 8))
+    errors = {f"step {i}": abs(a - e) / e for i, (a, e) in enumerate(zip(losses, expected, strict=True), 5)}
+    return within(errors, 1e-5)
+
+
+def birth(m: int, n: int, reduce_norm: bool) -> str:
+    """A fresh VWN with the baseline's backbone weights, copied by name, computes the baseline."""
+    # Only with a vanishing eps is the reduction norm, followed by the final norm, exactly the final norm.
+    eps = {"layernorm_epsilon": 1e-12} if reduce_norm else {}
+    case = Case(virtual_width=None, hidden=48).but(**eps)
+    baseline = harness.build(ALONE, case)
+    weights, _ = harness.collect(baseline)
+    logits = _logits(baseline)
+    harness.forward_backward(baseline)
+    gradients, _ = harness.collect(baseline, "gradients")
+    spread = logits.softmax(-1).max(-1).values.mean().item()
+    assert spread > 5 / harness.VOCABULARY, f"the baseline's predictions are nearly uniform ({spread:.2f}): everything would look equal"
+
+    wide = harness.build(
+        ALONE,
+        dataclasses.replace(case, virtual_width=stream(m, n, embedding="tiled", reduce_norm=reduce_norm)),
+        seed=7,
+    )
+    fresh, _ = harness.collect(wide)
+    harness.load_globals(wide, {**fresh, **weights})
+    actual = _logits(wide)
+    harness.forward_backward(wide)
+    wide_gradients, _ = harness.collect(wide, "gradients")
+    errors = harness.relative_errors({key: wide_gradients[key] for key in gradients}, gradients)
+    errors["logits"] = ((actual - logits).norm() / logits.norm()).item()
+    return within(errors, BIRTH_TOLERANCE)
+
+
+def _logits(session: harness.Session) -> torch.Tensor:
+    with torch.no_grad():
+        batch = next(harness.micro_batches(session))
+        return session.models[0](batch["tokens"], batch["position_ids"], harness.causal_mask())
+
+
+def weight_decay() -> str:
+    """A, B, S and norms do not decay; W, W_expand and W_reduce do, in the optimizer's own groups."""
+    session = harness.build(Layout(), Case())
+    names = {id(p): name.removeprefix("module.") for name, p in session.parameters()}
+    decays = {}
+    for group in optimizer_of(session).param_groups:
+        for p in group["params"]:
+            decays[names[id(p)]] = group["wd_mult"] != 0
+    assert decays.keys() == set(names.values())
+    expected = {
+        "connection.routing": False,
+        "connection.scale": False,
+        "connection.norm": False,
+        "connection.weight": True,
+        "embedding.expansion.weight": True,
+        "decoder.reduction.weight": True,
+        "decoder.reduction.norm_weight": False,
+    }
+    seen = set()
+    for name, does in decays.items():
+        for suffix, should in expected.items():
+            if name.endswith(suffix):
+                assert does == should, f"{name} {'decays' if does else 'does not decay'}"
+                seen.add(suffix)
+    assert seen == expected.keys(), expected.keys() - seen
+    return f"{sum(decays.values())} of {len(decays)} tensors decay"
+
+
+def same_backbone() -> str:
+    """A VWN model draws the random numbers of its baseline, so the same seed gives the same backbone."""
+    wide, _ = harness.collect(harness.build(ALONE, Case(), seed=11))
+    narrow, _ = harness.collect(harness.build(ALONE, Case(virtual_width=None), seed=11))
+    different = [key for key in narrow if not torch.equal(wide[key], narrow[key])]
+    assert not different, different
+    assert all(harness.is_virtual_width(key) for key in wide.keys() - narrow.keys())
+    return f"{len(narrow)} tensors"
+
+
+def check(name: str) -> str:
+    kind, _, rest = name.partition(": ")
+    match kind:
+        case "parity":
+            return parity(*PARITY[rest])
+        case "replicas":
+            return replicas(*TRAINING[rest])
+        case "resharding":
+            return resharding(*RESHARDING[rest])
+        case "birth":
+            return birth(*BIRTH[rest])
+        case "weight decay":
+            return weight_decay()
+        case "same backbone, seed for seed":
+            return same_backbone()
+    raise KeyError(name)
+
+
+def record(report: Path, outcome: dict) -> None:
+    with report.open("a") as file:
+        print(json.dumps(outcome), file=file)
+
+
+def main(report: Path, wanted: list[str]) -> None:
+    torch.set_num_threads(1)
+    wheel_fixes.apply()
+    harness.initialize_groups(ALONE)
+    assert torch.distributed.get_world_size() == RANKS
+    for name in wanted or CHECKS:
+        try:
+            outcome = {"check": name, "passed": True, "detail": check(name)}
+        except AssertionError:
+            # Compared after the last collective, on tensors that all ranks have: every rank arrives here.
+            outcome = {"check": name, "passed": False, "detail": traceback.format_exc()}
+        except Exception:
+            # The other ranks may wait in a collective for ever: this session is over.
+            record(report, {"check": name, "passed": False, "detail": traceback.format_exc()})
+            raise
+        if torch.distributed.get_rank() == 0:
+            record(report, outcome)
+        torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0 and saved.cache_info().currsize:
+        shutil.rmtree(saved()[0])
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,109 @@
+"""One process that prepares many command lines: ``python session_refusals.py CASES.json RESULTS.json``."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+from megatron_vwn import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+from megatron.core import mpu, tensor_parallel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.training.models import hybrid  # noqa: E402
+
+from megatron_vwn.config import VirtualWidthError  # noqa: E402
+from megatron_vwn.training import model_config, run  # noqa: E402
+
+
+def prepare(argv):
+    """The sentence that refuses a command line, or what it says and adds if it is accepted."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            args, virtual_width = run.prepare(argv, gpu=False)
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
+    except BaseException as error:  # fails the tests of this command line, and no others
+        return {"error": repr(error)}
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("megatron_vwn: ")]
+    return {"said": lines, "virtual_width": virtual_width is not None, "transformer_impl": args.transformer_impl}
+
+
+def exit_code(outcome):
+    """The exit code of a run in which training ends by raising ``outcome``."""
+    args = mock.Mock()
+    with (
+        mock.patch.object(run, "prepare", return_value=(args, None)),
+        mock.patch.object(run, "set_global_variables"),
+        mock.patch.object(run, "data_prefixes", return_value=[]),
+        mock.patch.object(run, "_train", side_effect=outcome),
+    ):
+        try:
+            return run.run([], gpu=False)
+        except SystemExit as leave:
+            return f"SystemExit({leave.code})"
+
+
+def config_for(argv):
+    with contextlib.redirect_stdout(io.StringIO()):
+        args, virtual_width = run.prepare(argv, gpu=False)
+        args.padded_vocab_size = 512  # what building the tokenizer would set
+        return model_config.model_config_from_args(args, virtual_width)
+
+
+def baseline_arguments(argv):
+    """Arguments of the ordinary model as our builder and as Megatron's gives them, but for the layers."""
+    config, groups = config_for(argv), ProcessGroupCollection.use_mpu_process_groups()
+    calls = []
+    for module, builder in (
+        (model_config, model_config.VirtualWidthModelBuilder),
+        (hybrid, hybrid.HybridModelBuilder),
+    ):
+        with mock.patch.object(module, "HybridModel") as model:
+            builder(config).build_model(groups, vp_stage=3)
+        calls.append(
+            {name: repr(value) for name, value in model.call_args.kwargs.items() if name != "hybrid_stack_spec"}
+        )
+    return calls
+
+
+def backbone_difference(argv, virtual_width_flags):
+    """Names of the parameters that both models have, and of those that differ for the same seed."""
+    states = []
+    for flags in ([], virtual_width_flags):
+        config = config_for([*argv, *flags])
+        torch.manual_seed(1)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        model = config.get_builder_cls()(config).build_model(groups)
+        states.append(dict(model.named_parameters()))
+    baseline, wide = states
+    shared = sorted(baseline.keys() & wide.keys())
+    return {
+        "missing": sorted(baseline.keys() - wide.keys()),
+        "shared": shared,
+        "different": [name for name in shared if not torch.equal(baseline[name], wide[name])],
+    }
+
+
+def main(cases_file, results_file):
+    cases = json.loads(Path(cases_file).read_text())
+    results = {name: prepare(argv) for name, argv in cases["argv"].items()}
+    results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+    results["baseline arguments"] = baseline_arguments(cases["model"])
+    for embedding in ("tiled", "projected"):
+        flags = ["--vwn-m", "2", "--vwn-n", "8", "--vwn-embedding", embedding]
+        results[f"backbone {embedding}"] = backbone_difference(cases["model"], flags)
+    torch.distributed.destroy_process_group()
+    Path(results_file).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,124 @@
+"""From --vwn-* flags to a VirtualWidthConfig, and the flags that a machine without GPU or Transformer Engine gets."""
+
+import argparse
+
+import pytest
+
+from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.arguments import add_arguments, record_virtual_width, typed, virtual_width_from_args
+from megatron_vwn.training.machine_flags import complete_command_line, describe, needed_flags
+
+
+def parse(*argv):
+    return add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(argv)
+
+
+def config(*argv):
+    return virtual_width_from_args(parse(*argv))
+
+
+def test_no_flag_is_the_ordinary_model():
+    assert config() is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", {}),
+        ("--vwn-connection static", {"connection": "static"}),
+        ("--vwn-gate sigmoid", {"gate": "sigmoid"}),
+        ("--vwn-carry identity", {"carry": "identity"}),
+        ("--vwn-embedding tiled", {"embedding": "tiled"}),
+        ("--vwn-embedding wide", {"embedding": "wide"}),
+        ("--vwn-reduce-norm", {"reduce_norm": True}),
+        ("--no-vwn-reduce-norm", {"reduce_norm": False}),
+        ("--vwn-partition replicated", {"partition": "replicated"}),
+    ],
+)
+def test_each_flag_sets_its_field_and_no_other(argv, expected):
+    assert config("--vwn-m", "2", "--vwn-n", "8", *argv.split()) == VirtualWidthConfig(m=2, n=8, **expected)
+
+
+def test_help_states_every_default():
+    text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
+    for name in ("connection", "gate", "carry"):
+        assert f"(default: {getattr(VirtualWidthConfig, name)})" in text
+    for default in ("projected if N > 2M, else wide", "on if N > 2M and N is a multiple of M, else off"):
+        assert f"(default: {default})" in text
+    assert "(default: sequence with --sequence-parallel, else width)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--vwn-m 2", ["--vwn-m", "add --vwn-n"]),
+        ("--vwn-n 4", ["--vwn-n", "add --vwn-m"]),
+        ("--vwn-gate sigmoid --vwn-carry full", ["--vwn-gate and --vwn-carry", "add --vwn-m and --vwn-n"]),
+        ("--no-vwn-reduce-norm", ["--vwn-reduce-norm", "add --vwn-m and --vwn-n"]),
+        ("--vwn-m 4 --vwn-n 2", ["--vwn-n 2 is smaller than --vwn-m 4"]),
+        ("--vwn-m 0 --vwn-n 2", ["--vwn-m is 0"]),
+        ("--vwn-m two --vwn-n 2", ["--vwn-m", "'two'"]),
+        ("--vwn-m 2 --vwn-n 3 --vwn-reduce-norm", ["n = 3 is no multiple of m"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-gate relu", ["--vwn-gate is 'relu'", "tanh, sigmoid"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-connection none", ["--vwn-connection is 'none'", "dynamic, static"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-width 3", ["unrecognized arguments: --vwn-width 3"]),
+    ],
+)
+def test_refusals_name_the_flag(argv, said):
+    with pytest.raises(VirtualWidthError) as refusal:
+        config(*argv.split())
+    for words in said:
+        assert words in str(refusal.value)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
+
+
+def test_recorded_arguments_state_resolved_defaults_and_mean_the_same_again():
+    args = parse("--vwn-m", "2", "--vwn-n", "8")
+    virtual_width = virtual_width_from_args(args)
+    record_virtual_width(args, virtual_width)
+    assert (args.vwn_embedding, args.vwn_reduce_norm, args.vwn_gate) == ("projected", True, "tanh")
+    assert virtual_width_from_args(args) == virtual_width
+
+
+def test_settings_are_described_as_they_are_typed():
+    for name, value in (("gate", "sigmoid"), ("reduce_norm", False), ("reduce_norm", True), ("n", 8)):
+        argv = ["--vwn-m", "2", "--vwn-n", "8", *typed(name, value).split()]
+        assert getattr(config(*argv), name) == value
+
+
+def test_a_gpu_with_transformer_engine_needs_no_flags():
+    assert needed_flags(gpu=True, transformer_engine=True) == []
+    assert complete_command_line(["--lr", "1"], []) == (["--lr", "1"], [])
+
+
+def test_without_a_gpu_transformer_engine_is_not_used():
+    flags = {need.flag: need.value for need in needed_flags(gpu=False, transformer_engine=True)}
+    assert flags["--transformer-impl"] == "local" and flags["--distributed-backend"] == "gloo"
+
+
+def test_a_gpu_without_transformer_engine_keeps_nccl():
+    flags = {need.flag for need in needed_flags(gpu=True, transformer_engine=False)}
+    assert "--transformer-impl" in flags and "--no-rope-fusion" in flags
+    assert "--distributed-backend" not in flags and "--use-cpu-initialization" not in flags
+
+
+def test_added_flags_are_described_with_their_reason():
+    needed = needed_flags(gpu=False, transformer_engine=False)
+    argv, added = complete_command_line(["--lr", "1"], needed)
+    assert argv[:2] == ["--lr", "1"] and added == needed
+    for need in needed:
+        assert need.text in " ".join(argv) and need.text in describe(added) and need.reason in describe(added)
+
+
+@pytest.mark.parametrize("typed_flags", ["--distributed-backend gloo", "--distributed-backend=gloo"])
+def test_what_was_typed_is_not_added_again(typed_flags):
+    argv, added = complete_command_line(typed_flags.split(), needed_flags(gpu=False, transformer_engine=False))
+    assert "--distributed-backend" not in [need.flag for need in added]
+    assert " ".join(argv).count("--distributed-backend") == 1
+
+
+@pytest.mark.parametrize("typed_flags", ["--distributed-backend nccl", "--transformer-impl=transformer_engine"])
+def test_what_was_typed_is_not_overridden_but_refused(typed_flags):
+    flag, value = typed_flags.replace("=", " ").split()
+    with pytest.raises(VirtualWidthError, match=f"{flag} {value} cannot run here"):
+        complete_command_line(typed_flags.split(), needed_flags(gpu=False, transformer_engine=False))

@@ -1,0 +1,286 @@
+"""What the entry point refuses: one process prepares all command lines, and a few launches check exit codes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+# fmt: off
+MODEL = [
+    "--hybrid-layer-pattern", "*-*-", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32",
+    "--max-position-embeddings", "32", "--position-embedding-type", "rope", "--normalization", "RMSNorm",
+    "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--micro-batch-size", "2",
+    "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3", "--eval-iters", "1", "--eval-interval", "100",
+    "--log-interval", "1", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255",
+]
+# fmt: on
+MOCK = ["--mock-data"]
+WIDE = ["--vwn-m", "2", "--vwn-n", "6"]
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+# Flags after MODEL (the last one given counts), and words that the sentence must have: what is wrong, what to change.
+REFUSED_WITH_VIRTUAL_WIDTH = {
+    "--hidden-size 65": ["--hidden-size 65", "--vwn-m 2"],
+    "--vwn-m 32 --vwn-n 64 --tensor-model-parallel-size 4": ["E = 2", "4 tensor-parallel ranks", "another m"],
+    "--vwn-partition sequence --tensor-model-parallel-size 2": ["--vwn-partition sequence", "--sequence-parallel"],
+    "--vwn-partition width --tensor-model-parallel-size 2 --sequence-parallel": ["--vwn-partition width", "drop"],
+    "--hybrid-layer-pattern *-/*-": ["multi-token prediction", "first /"],
+    "--mtp-num-layers 1": ["multi-token prediction", "--mtp-num-layers"],
+    "--spec some.module layers": ["--spec"],
+    "--apply-residual-connection-post-layernorm": ["--apply-residual-connection-post-layernorm"],
+    "--fused-residual-rmsnorm": ["--fused-residual-rmsnorm"],
+    "--use-transformer-engine-op-fuser": ["--use-transformer-engine-op-fuser"],
+    "--use-megatron-fsdp": ["--use-megatron-fsdp", "--use-distributed-optimizer"],
+    "--use-torch-fsdp2": ["--use-torch-fsdp2", "--use-distributed-optimizer"],
+    "--init-model-with-meta-device": ["--init-model-with-meta-device"],
+    "--tensor-parallel-num-weight-shards 2": ["--tensor-parallel-num-weight-shards"],
+    "--expert-tensor-parallel-num-weight-shards 2": ["--expert-tensor-parallel-num-weight-shards"],
+    "--cuda-graph-impl local": ["--cuda-graph-impl"],
+    "--enable-cuda-graph": ["--enable-cuda-graph"],
+    "--external-cuda-graph": ["--external-cuda-graph"],
+    "--optimizer-cuda-graph": ["--optimizer-cuda-graph"],
+    "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm"],
+    "--delay-wgrad-compute": ["--delay-wgrad-compute"],
+    "--distribute-saved-activations": ["--distribute-saved-activations"],
+    "--fine-grained-activation-offloading": ["--fine-grained-activation-offloading", "--recompute-granularity full"],
+    "--cpu-offloading-num-layers 2": ["--cpu-offloading-num-layers", "--recompute-granularity full"],
+    "--moe-paged-stash": ["--moe-paged-stash"],
+    "--use-mup": ["--use-mup"],
+    "--optimizer muon": ["--optimizer", "adam or sgd"],
+    "--ckpt-format torch": ["--ckpt-format", "torch_dist"],
+    "--non-persistent-ckpt-type local": ["--non-persistent-ckpt-type", "global"],
+    "--ckpt-convert-format torch": ["--ckpt-convert-format"],
+    "--moe-use-upcycling": ["--moe-use-upcycling"],
+}
+REFUSED_ALWAYS = {
+    "--num-layers 5": ["--num-layers", "--hybrid-layer-pattern"],
+    "--hybrid-layer-pattern *-M-": ["--transformer-impl local", "install Transformer Engine"],
+    "--hybrid-layer-pattern *-G-": ["--transformer-impl local", "install Transformer Engine"],
+    "--multi-latent-attention": ["--multi-latent-attention", "Transformer Engine"],
+    "--transformer-impl transformer_engine": ["--transformer-impl transformer_engine", "--transformer-impl local"],
+    "--distributed-backend nccl": ["--distributed-backend nccl", "--distributed-backend gloo"],
+    "--recompute-granularity selective --recompute-modules layernorm": ["--recompute-modules", "leave them out"],
+    "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *|-|*|- --no-overlap-p2p-communication": [
+        "--no-overlap-p2p-communication",
+        "drop it",
+    ],
+    "--perform-rl-step": ["--perform-rl-step"],
+    "--inprocess-restart": ["--inprocess-restart", "--max-restarts"],
+    "--heterogeneous-layers-config-path x.json": ["--heterogeneous-layers-config-path"],
+    "--use-checkpoint-args": ["--use-checkpoint-args", "--load"],
+    "--num-attention-heads 7": ["Megatron refuses these flags", "args.hidden_size % args.num_attention_heads == 0"],
+    "--context-parallel-size 3": ["Megatron refuses these flags", "world size"],
+    "--no-such-flag": ["unrecognized arguments: --no-such-flag"],
+}
+ACCEPTED = {
+    "ordinary model": [],
+    "full recompute": [*WIDE, "--recompute-granularity", "full", "--recompute-method", "uniform"],
+    "fp32 stream": [*WIDE, "--bf16", "--fp32-residual-connection"],
+    "dropout": [*WIDE, "--hidden-dropout", "0.1"],
+    "experts": [*WIDE, "--hybrid-layer-pattern", "*E*E", "--num-experts", "4"],
+    "distributed optimizer": [*WIDE, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+}
+
+
+def launch(*flags, ranks):
+    """Run the entry point under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*launcher, "-m", "megatron_vwn.training.pretrain", *flags], env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def sentences(done):
+    """The lines of stderr that the entry point wrote (the emulation's line comes from megatron_vwn.cpu)."""
+    return [line for line in done.stderr.splitlines() if line.startswith("megatron_vwn: ")]
+
+
+def assert_no_traceback_of_ours(done):
+    assert not re.search(r'File "[^"]*megatron_vwn[^"]*", line', done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder of a checkpoint from two pipeline stages that exchanged over-width states."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "wide"
+    stages = ["--hybrid-layer-pattern", "*-|*-", "--pipeline-model-parallel-size", "2"]
+    done = launch(*MODEL, *MOCK, *WIDE, *stages, "--save", str(folder), "--save-interval", "1", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "lm loss" in done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(checkpoint, tmp_path_factory):
+    """What preparing each command line gave."""
+    folder = tmp_path_factory.mktemp("refusals")
+    for name in ("wide", "ordinary", "damaged", "untracked"):
+        shutil.copytree(checkpoint, folder / name)
+    # A common.pt, as older versions of Megatron wrote it, has precedence over what the shards say.
+    torch.save({"args": Namespace(hidden_size=64), "iteration": 2}, folder / "ordinary" / "iter_0000002" / "common.pt")
+    for shard in (folder / "damaged").rglob("*.distcp"):
+        shard.write_bytes(b"cut short")
+    (folder / "untracked" / "latest_checkpointed_iteration.txt").write_text("two\n")
+    (folder / "empty").mkdir()
+    yaml = folder / "flags.yaml"
+    yaml.write_text("hidden_size: 64\n")
+
+    run = [*MODEL, *MOCK]
+    argv = {flags: [*run, *WIDE, *flags.split()] for flags in REFUSED_WITH_VIRTUAL_WIDTH}
+    argv |= {f"{flags} (ordinary)": [*run, *flags.split()] for flags in REFUSED_ALWAYS}
+    argv |= {f"{flags} (wide)": [*run, *WIDE, *flags.split()] for flags in REFUSED_ALWAYS}
+    argv |= {name: [*run, *flags] for name, flags in ACCEPTED.items()}
+    argv["no pattern"] = [*run[2:], *WIDE]
+    argv["no data"] = [*MODEL, *WIDE]
+    argv["missing data"] = [*MODEL, *WIDE, "--data-path", str(folder / "text")]
+    argv["tied"] = [*run, "--vwn-m", "2", "--vwn-n", "4", "--vwn-embedding", "wide"]
+    argv["tied"].remove("--untie-embeddings-and-output-weights")
+    argv["yaml"] = [*run, *WIDE, "--yaml-cfg", str(yaml)]
+    argv["experts with biases"] = [*run, *WIDE, "--hybrid-layer-pattern", "*E", "--num-experts", "2"]
+    argv["experts with biases"].remove("--disable-bias-linear")
+    for name, source, flags in (
+        ("resume", "wide", WIDE),
+        ("other partition", "wide", [*WIDE, "--vwn-partition", "replicated"]),
+        ("other n", "wide", ["--vwn-m", "2", "--vwn-n", "8"]),
+        ("other gate and norm", "wide", [*WIDE, "--vwn-gate", "sigmoid", "--no-vwn-reduce-norm"]),
+        ("ordinary from wide", "wide", []),
+        ("wide from ordinary", "ordinary", WIDE),
+        ("ordinary from ordinary", "ordinary", []),
+        ("damaged", "damaged", WIDE),
+        ("untracked", "untracked", WIDE),
+        ("missing step", "wide", [*WIDE, "--ckpt-step", "7"]),
+        ("empty", "empty", WIDE),
+        ("empty but demanded", "empty", [*WIDE, "--exit-on-missing-checkpoint"]),
+    ):
+        argv[name] = [*run, *flags, "--load", str(folder / source)]
+    (folder / "cases.json").write_text(json.dumps({"argv": argv, "model": run}))
+    session = Path(__file__).parent / "session_refusals.py"
+    done = subprocess.run(
+        [sys.executable, session, folder / "cases.json", folder / "results.json"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_refused(result, words):
+    sentence = result.get("refusal", f"accepted: {result}")
+    for part in words:
+        assert part in sentence
+    assert sentence.endswith(".") and "\n" not in sentence
+
+
+@pytest.mark.parametrize("flags", REFUSED_WITH_VIRTUAL_WIDTH)
+def test_refused_with_a_virtual_width(prepared, flags):
+    assert_refused(prepared[flags], REFUSED_WITH_VIRTUAL_WIDTH[flags])
+
+
+@pytest.mark.parametrize("model", ["ordinary", "wide"])
+@pytest.mark.parametrize("flags", REFUSED_ALWAYS)
+def test_refused_for_every_model(prepared, flags, model):
+    assert_refused(prepared[f"{flags} ({model})"], REFUSED_ALWAYS[flags])
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no pattern", ["--hybrid-layer-pattern is missing"]),
+        ("no data", ["--data-path", "--mock-data"]),
+        ("missing data", ["text.idx does not exist"]),
+        ("tied", ["--untie-embeddings-and-output-weights", "--vwn-embedding"]),
+        ("yaml", ["--yaml-cfg"]),
+        ("experts with biases", ["--disable-bias-linear"]),
+        ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
+        ("other gate and norm", ["--vwn-gate tanh --vwn-reduce-norm", "--vwn-gate sigmoid --no-vwn-reduce-norm"]),
+        ("ordinary from wide", ["trained with --vwn-m 2 --vwn-n 6", "started without a virtual width"]),
+        ("wide from ordinary", ["trained without a virtual width", "started with --vwn-m 2 --vwn-n 6"]),
+        ("damaged", ["cannot be read", "--ckpt-step"]),
+        ("untracked", ["cannot be read"]),
+        ("missing step", ["cannot be read", "iter_0000007"]),
+        ("empty but demanded", ["holds no checkpoint", "--exit-on-missing-checkpoint"]),
+    ],
+)
+def test_refused(prepared, case, words):
+    assert_refused(prepared[case], words)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(prepared, case):
+    assert prepared[case]["virtual_width"] == (case != "ordinary model")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("resume", "training resumes from iteration 2"),
+        ("other partition", "training resumes from iteration 2"),
+        ("ordinary from ordinary", "training resumes from iteration 2"),
+        ("empty", "holds no checkpoint: training starts from the beginning"),
+    ],
+)
+def test_says_where_training_starts(prepared, case, words):
+    assert any(words in line for line in prepared[case]["said"])
+
+
+def test_says_what_is_trained_and_which_flags_were_added(prepared):
+    added, stream = prepared["full recompute"]["said"]
+    assert "--distributed-backend gloo" in added and "there is no GPU" in added
+    assert "3x: 6 segments of 32 channels around a backbone of 64" in stream
+    assert prepared["ordinary model"]["transformer_impl"] == "local"
+
+
+def test_exit_codes(prepared):
+    # Training that ends, an exit flag of Megatron, Megatron giving up, an error code of Megatron.
+    assert prepared["exit codes"] == [0, 0, 1, "SystemExit(3)"]
+
+
+def test_the_ordinary_model_is_built_as_megatron_builds_it(prepared):
+    ours, megatrons = prepared["baseline arguments"]
+    assert ours == megatrons
+
+
+@pytest.mark.parametrize("embedding", ["tiled", "projected"])
+def test_both_models_start_from_the_same_backbone(prepared, embedding):
+    difference = prepared[f"backbone {embedding}"]
+    assert difference["missing"] == [] and difference["different"] == []
+    assert len(difference["shared"]) > 10
+
+
+def test_a_refused_launch_says_one_sentence_and_fails():
+    done = launch(*MODEL, *MOCK, "--vwn-m", "4", "--vwn-n", "2", ranks=2)
+    assert done.returncode != 0
+    assert len(sentences(done)) == 1 and "--vwn-n 2 is smaller than --vwn-m 4" in sentences(done)[0]
+    assert "exitcode  : 2" in done.stderr
+    assert_no_traceback_of_ours(done)
+
+
+def test_data_that_was_cut_short_is_refused_before_training(tmp_path):
+    prefix = tmp_path / "text"
+    prefix.with_suffix(".idx").write_bytes(b"MMIDIDX\x00\x00" + bytes(3))
+    prefix.with_suffix(".bin").write_bytes(bytes(100))
+    argv = [
+        *MODEL,
+        *WIDE,
+        "--data-path",
+        str(prefix),
+        "--split",
+        "90,5,5",
+        "--tensorboard-dir",
+        str(tmp_path / "events"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_vwn.training.pretrain", *argv], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert len(sentences(done)) == 1 and "text.idx is cut short" in sentences(done)[0]
+    assert_no_traceback_of_ours(done)
+    assert not (tmp_path / "events").exists()
