@@ -2,7 +2,8 @@
 
 Needed on a GPU as much as on a CPU: the wheel lacks a Makefile that ``pretrain()`` runs, and its distributed optimizer
 cannot resume with ``torch.optim.Adam``, the fallback for FusedAdam. Each repair first looks whether it is needed and
-whether Megatron still is what it repairs.
+whether Megatron still is what it repairs. Importing this module imports Megatron: without a GPU,
+``megatron_vwn.cpu.install()`` comes first.
 """
 
 import inspect

@@ -103,6 +103,8 @@ def optimizer_of(session: harness.Session):
 def train(session: harness.Session, optimizer, steps: range) -> list[float]:
     losses = []
     for step in steps:
+        # Without it the fp32 optimizer's p.grad is still main_grad, and the next backward adds it to itself.
+        optimizer.zero_grad()
         losses.append(harness.forward_backward(session, step))
         successful, _, _ = optimizer.step()
         assert successful
