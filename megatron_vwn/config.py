@@ -1,8 +1,8 @@
 """The one place where a virtual width is described and where impossible combinations are refused.
 
 ``VirtualWidthConfig`` says what the residual stream looks like; ``check_model`` and ``check_parallel`` say whether a
-given Megatron model and parallel layout can carry it. Everything raises ``VirtualWidthError`` with one sentence: what is
-wrong, and what to change. Nothing here imports torch or Megatron, so every room may import it.
+given Megatron model and parallel layout can carry it. Everything raises ``VirtualWidthError`` with one sentence: what
+is wrong, and what to change. Nothing here imports torch or Megatron, so every room may import it.
 """
 
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ class VirtualWidthConfig:
                 raise VirtualWidthError(f"--vwn-{name} is {value!r}: choose one of {', '.join(get_args(choices))}.")
         if self.reduce_norm and self.n % self.m != 0:
             raise VirtualWidthError(
-                f"--vwn-reduce-norm normalises groups of m = {self.m} segments, but n = {self.n} is no multiple of m, so "
-                "the last group would be short: pass --no-vwn-reduce-norm or choose n as a multiple of m."
+                f"--vwn-reduce-norm normalises groups of m = {self.m} segments, but n = {self.n} is no multiple of m, "
+                "so the last group would be short: pass --no-vwn-reduce-norm or choose n as a multiple of m."
             )
         if self.embedding is None:
             object.__setattr__(self, "embedding", "projected" if self.n > 2 * self.m else "wide")
@@ -120,8 +120,8 @@ class VirtualWidthConfig:
         """
         if hidden_size % self.m != 0:
             raise VirtualWidthError(
-                f"--hidden-size {hidden_size} is not divisible by --vwn-m {self.m}: the backbone vector is cut into m equal "
-                "segments, so choose an m that divides it."
+                f"--hidden-size {hidden_size} is not divisible by --vwn-m {self.m}: the backbone vector is cut into m "
+                "equal segments, so choose an m that divides it."
             )
         if self.embedding == "wide" and tied_embeddings:
             raise VirtualWidthError(
@@ -138,17 +138,18 @@ class VirtualWidthConfig:
             return
         if partition == "sequence" and not sequence_parallel:
             raise VirtualWidthError(
-                "--vwn-partition sequence splits the stream by token, which needs --sequence-parallel: add it or choose "
-                "--vwn-partition width or replicated."
+                "--vwn-partition sequence splits the stream by token, which needs --sequence-parallel: add it or "
+                "choose --vwn-partition width or replicated."
             )
         if partition != "sequence" and sequence_parallel:
             raise VirtualWidthError(
-                f"--vwn-partition {partition} keeps every token on every tensor-parallel rank, which --sequence-parallel "
-                "contradicts: drop --sequence-parallel or choose --vwn-partition sequence."
+                f"--vwn-partition {partition} keeps every token on every tensor-parallel rank, which "
+                "--sequence-parallel contradicts: drop --sequence-parallel or choose --vwn-partition sequence."
             )
         segment = self.segment_size(hidden_size)
         if partition == "width" and segment % tensor_parallel_size != 0:
             raise VirtualWidthError(
                 f"--vwn-partition width shares each segment of E = {segment} channels among {tensor_parallel_size} "
-                "tensor-parallel ranks, which do not divide it: choose another m, fewer ranks, or --vwn-partition replicated."
+                "tensor-parallel ranks, which do not divide it: choose another m, fewer ranks, or --vwn-partition "
+                "replicated."
             )

@@ -16,8 +16,8 @@ class Connection(PartitionedModule):
         X  = A_read^T H          H' = B^T Y + A_carry^T H
 
     with A and B static or computed from H (``ops.reference`` has the equations). Parameters are deviations from the
-    paper's initial values: all zeros, but for the norm weight. A, B and S are stored flat, because Megatron's standard rule
-    exempts one-dimensional parameters from weight decay; W has two dimensions and decays.
+    paper's initial values: all zeros, but for the norm weight. A, B and S are stored flat, because Megatron's standard
+    rule exempts one-dimensional parameters from weight decay; W has two dimensions and decays.
 
     Args:
         config: the backbone's config; D = hidden_size, eps = layernorm_epsilon.

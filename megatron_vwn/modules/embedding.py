@@ -16,8 +16,8 @@ from megatron_vwn.parallel.partition import StreamPartition
 class Expansion(PartitionedModule):
     """H = W_expand X, with W_expand stored as its deviation [N, E, D] from tiling, so that it starts as a copy.
 
-    Three dimensions, because under the width partition a rank owns its channels of every segment, which in a [D', D] matrix
-    would be no contiguous block.
+    Three dimensions, because under the width partition a rank owns its channels of every segment, which in a [D', D]
+    matrix would be no contiguous block.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         projected   a table [vocab, D], then W_expand
         tiled       a table [vocab, D], copied: segment j is segment j mod m of the token's vector
 
-    Dropout comes before tiling. The wide table is split by vocabulary like any other; under the width partition the summed
-    vector is then cut to this rank's channels, so the checkpoint's layout is the same for every partition.
+    Dropout comes before tiling. The wide table is split by vocabulary like any other; under the width partition the
+    summed vector is then cut to this rank's channels, so the checkpoint's layout is the same for every partition.
 
     Args:
         config: the backbone's config.

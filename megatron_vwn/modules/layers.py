@@ -1,8 +1,8 @@
 """Megatron's sublayers with a connection in place of their residual.
 
-One symbol of a hybrid pattern is one sublayer T of the paper, its own pre-norm included. Megatron adds the residual in the
-layer's bias-dropout-add; ``branch_only`` leaves the addition out, so that the stock layer computes T(x) and the connection
-does the rest.
+One symbol of a hybrid pattern is one sublayer T of the paper, its own pre-norm included. Megatron adds the residual in
+the layer's bias-dropout-add; ``branch_only`` leaves the addition out, so that the stock layer computes T(x) and the
+connection does the rest.
 """
 
 from collections.abc import Callable

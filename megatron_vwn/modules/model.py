@@ -38,9 +38,7 @@ class VirtualWidthModel(HybridModel):
         share_embeddings_and_output_weights: bool = False,
         **kwargs,
     ):
-        virtual_width.check_model(
-            hidden_size=config.hidden_size, tied_embeddings=share_embeddings_and_output_weights
-        )
+        virtual_width.check_model(hidden_size=config.hidden_size, tied_embeddings=share_embeddings_and_output_weights)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         embedding = partial(OverWidthEmbedding, virtual_width=virtual_width, pg_collection=pg_collection)
         with _embedding_built_by(embedding):
@@ -57,7 +55,8 @@ class VirtualWidthModel(HybridModel):
 
 @contextmanager
 def _embedding_built_by(builder: partial) -> Iterator[None]:
-    """HybridModel names its embedding class and takes no spec for it; replacing it afterwards would build the table twice."""
+    """HybridModel names its embedding class and takes no spec for it; replacing it afterwards would build the table
+    twice."""
     stock = hybrid_model.LanguageModelEmbedding
     hybrid_model.LanguageModelEmbedding = builder
     try:

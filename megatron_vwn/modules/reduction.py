@@ -12,8 +12,8 @@ from megatron_vwn.modules.partitioned import PartitionedModule
 class Reduction(PartitionedModule):
     """X = W_reduce GroupNorm(H), W_reduce stored as its deviation [D, N, E] from averaging the copies of each segment.
 
-    The group norm, with groups of D channels, is an RMS norm in models that use RMSNorm and a layer norm in those that use
-    LayerNorm. Its weight and bias are whole on every rank and one-dimensional, so they do not decay.
+    The group norm, with groups of D channels, is an RMS norm in models that use RMSNorm and a layer norm in those that
+    use LayerNorm. Its weight and bias are whole on every rank and one-dimensional, so they do not decay.
 
     Args:
         config: the backbone's config.

@@ -104,7 +104,9 @@ def _local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
-    moe = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts) if config.num_moe_experts else IdentityOp
+    moe = (
+        get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts) if config.num_moe_experts else IdentityOp
+    )
     return HybridStackSubmodules(
         attention_layer=ModuleSpec(
             module=TransformerLayer,
@@ -114,14 +116,10 @@ def _local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         ),
         mlp_layer=ModuleSpec(
             module=MLPLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=TorchNorm, mlp=mlp, mlp_bda=get_bias_dropout_add
-            ),
+            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=TorchNorm, mlp=mlp, mlp_bda=get_bias_dropout_add),
         ),
         moe_layer=ModuleSpec(
             module=MoETransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=TorchNorm, mlp=moe, mlp_bda=get_bias_dropout_add
-            ),
+            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=TorchNorm, mlp=moe, mlp_bda=get_bias_dropout_add),
         ),
     )

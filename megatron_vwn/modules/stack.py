@@ -34,9 +34,7 @@ class Stack(HybridStack):
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
         self.ends_with_norm = self.post_process and post_layer_norm
         if self.ends_with_norm:
-            self.final_norm = final_norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Arguments of HybridStack; on the last stage [s, b, D]."""
@@ -54,7 +52,8 @@ class Stack(HybridStack):
 
 
 class VirtualWidthStack(Stack):
-    """A stack whose layers pass on the over-width state [s, b, N * E], also from stage to stage; the last stage reduces.
+    """A stack whose layers pass on the over-width state [s, b, N * E], also from stage to stage; the last stage
+    reduces.
 
     Args:
         config: the backbone's config.

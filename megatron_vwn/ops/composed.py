@@ -1,8 +1,8 @@
 """The connection composed of ordinary torch operations: what runs where no kernel does, and under every partition.
 
-It differs from ``ops.reference`` in two ways. Only deviations from the initial pattern are multiplied, C = H + dA^T H, so a
-young model's stream is copied exactly and low-precision products round only the small part. And a coefficient is computed
-in stages, because under the width partition a rank sees only some channels of each segment:
+It differs from ``ops.reference`` in two ways. Only deviations from the initial pattern are multiplied, C = H + dA^T H,
+so a young model's stream is copied exactly and low-precision products round only the small part. And a coefficient is
+computed in stages, because under the width partition a rank sees only some channels of each segment:
 
     projection   sum over the rank's channels of h^2 and of h (g o W)     summed over ranks by the caller
     deviations   logits, gate and static part, minus the initial pattern  identical on all ranks
@@ -94,9 +94,7 @@ def tile(x_TME: Tensor, n: int) -> Tensor:
 def average_copies(h_TNE: Tensor, m: int) -> Tensor:
     """The mean of the copies of each backbone segment, [T, M, E]: what undoes ``tile`` for every n >= m."""
     n = h_TNE.shape[-2]
-    sums_TME = sum(
-        torch.nn.functional.pad(block, (0, 0, 0, m - block.shape[-2])) for block in h_TNE.split(m, dim=-2)
-    )
+    sums_TME = sum(torch.nn.functional.pad(block, (0, 0, 0, m - block.shape[-2])) for block in h_TNE.split(m, dim=-2))
     copies_M = torch.tensor([len(range(i, n, m)) for i in range(m)], dtype=h_TNE.dtype, device=h_TNE.device)
     return sums_TME / copies_M[:, None]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 class ConnectionParameters(NamedTuple):
     """One connection. Learned tensors are deviations from the paper's initial values, so all but a norm start at zero.
 
-    Row j of every [N, K] tensor belongs to segment j: its read and carry columns weigh what is taken FROM segment j, its
-    write columns what is added TO segment j. Row j's write columns are therefore column j of the paper's B.
+    Row j of every [N, K] tensor belongs to segment j: its read and carry columns weigh what is taken FROM segment j,
+    its write columns what is added TO segment j. Row j's write columns are therefore column j of the paper's B.
 
     Attributes:
         m: fraction rate.

@@ -4,9 +4,10 @@
     width        each rank holds all tokens and channels [t E/TP, (t+1) E/TP) of EVERY segment
     replicated   each rank holds everything
 
-Under sequence and replicated a connection is local: it reads and writes whole segments. Under width the mixing is local too,
-but coefficients need sums over all channels, and a sublayer needs whole backbone vectors; the collectives for that are here.
-Their backward directions are the part that goes wrong silently, so each one says why it is what it is.
+Under sequence and replicated a connection is local: it reads and writes whole segments. Under width the mixing is
+local too, but coefficients need sums over all channels, and a sublayer needs whole backbone vectors; the collectives
+for that are here. Their backward directions are the part that goes wrong silently, so each one says why it is what it
+is.
 """
 
 from dataclasses import dataclass
@@ -90,16 +91,17 @@ class StreamPartition:
     def sum_over_channels(self, partial: Tensor) -> Tensor:
         """Complete sums over E. Forward: sum over ranks. Backward: identity.
 
-        What follows (``complete_gradient``) makes the gradient of the sum complete on every rank, and each rank's partial
-        sum enters it with weight one; summing once more would count it TP times.
+        What follows (``complete_gradient``) makes the gradient of the sum complete on every rank, and each rank's
+        partial sum enters it with weight one; summing once more would count it TP times.
         """
         return reduce_from_tensor_model_parallel_region(partial, self.group) if self.splits_width else partial
 
     def complete_gradient(self, coefficients: Tensor) -> Tensor:
         """Forward: identity. Backward: sum over ranks.
 
-        Put on the COEFFICIENTS, which mix only this rank's channels: their gradient is partial on each rank. Behind this
-        point dS, dA, dB, dW, dg and dH are all exact; with the sum placed on the logits, dS, dA and dB would stay partial.
+        Put on the COEFFICIENTS, which mix only this rank's channels: their gradient is partial on each rank. Behind
+        this point dS, dA, dB, dW, dg and dH are all exact; with the sum placed on the logits, dS, dA and dB would stay
+        partial.
         """
         return copy_to_tensor_model_parallel_region(coefficients, self.group) if self.splits_width else coefficients
 

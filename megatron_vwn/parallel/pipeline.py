@@ -10,8 +10,8 @@ from megatron_vwn.config import VirtualWidthConfig
 class WideP2PCommunicator(P2PCommunicator):
     """Megatron's communicator with receive buffers of the stream's width.
 
-    The schedules size buffers by ``config.hidden_size``. Both of them pass through ``_communicate``, a private method, so
-    the supported Megatron versions are pinned and tests cover 1F1B and the interleaved schedule.
+    The schedules size buffers by ``config.hidden_size``. Both of them pass through ``_communicate``, a private method,
+    so the supported Megatron versions are pinned and tests cover 1F1B and the interleaved schedule.
 
     Args:
         pp_group: pipeline-parallel process group.

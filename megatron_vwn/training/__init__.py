@@ -1,0 +1,1 @@
+"""Training: flags, refusals, model building, data and the entry point around Megatron's ``pretrain()``."""

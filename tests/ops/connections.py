@@ -1,4 +1,5 @@
-"""Connections for tests: every learned tensor perturbed away from initialisation, where wrong transposes are invisible."""
+"""Connections for tests: every learned tensor perturbed away from initialisation, where wrong transposes are
+invisible."""
 
 import torch
 

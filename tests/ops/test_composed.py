@@ -16,10 +16,17 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("gate,carry,dynamic", [
-    ("tanh", "full", True), ("tanh", "identity", True), ("sigmoid", "full", True), ("sigmoid", "identity", True),
-    ("tanh", "full", False), ("tanh", "identity", False),
-])
+@pytest.mark.parametrize(
+    "gate,carry,dynamic",
+    [
+        ("tanh", "full", True),
+        ("tanh", "identity", True),
+        ("sigmoid", "full", True),
+        ("sigmoid", "identity", True),
+        ("tanh", "full", False),
+        ("tanh", "identity", False),
+    ],
+)
 @pytest.mark.parametrize("m,n", PAIRS)
 def test_output_and_gradients(m, n, gate, carry, dynamic, dtype):
     segment, tokens = 8, 7
@@ -31,7 +38,9 @@ def test_output_and_gradients(m, n, gate, carry, dynamic, dtype):
 
     exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     q = p._replace(
-        routing_NK=exact["routing"], scale_NK=exact.get("scale"), weight_EK=exact.get("weight"),
+        routing_NK=exact["routing"],
+        scale_NK=exact.get("scale"),
+        weight_EK=exact.get("weight"),
         norm_E=exact.get("norm"),
     )
     expected = {"x": reference.read(exact["h"], q), "h'": reference.write(exact["h"], exact["y"], q)}
@@ -47,7 +56,7 @@ def test_bf16_keeps_what_the_stream_already_holds(carry):
     """A deviation of 1e-3 survives bf16: the stream is added to, not multiplied by a rounded 1 + 1e-3."""
     p = connection(2, 4, 32, carry=carry, dtype=torch.bfloat16, std=0.0)
     p = p._replace(routing_NK=torch.full_like(p.routing_NK, 1e-3))
-    h, y = (t.detach() for t in state_and_output(5, p, 32, dtype=torch.bfloat16))
+    h, _ = (t.detach() for t in state_and_output(5, p, 32, dtype=torch.bfloat16))
     change = composed.read(h, p).double() - h[:, :2].flatten(1).double()
     expected = (1e-3 * h.double().sum(1, keepdim=True)).expand(-1, 2, -1).flatten(1)
     # Rounding the sum to bf16 may lose at most half a unit in the last place of x.

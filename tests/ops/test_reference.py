@@ -1,4 +1,5 @@
-"""The reference against the paper's formulas spelled out index by index, and its gradients against finite differences."""
+"""The reference against the paper's formulas spelled out index by index, and its gradients against finite
+differences."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""One tiny model in any parallel layout: build it, fill it from global tensors, train on one global batch, read it back.
+"""One tiny model in any parallel layout: build it, fill it from global tensors, train on one global batch, read it
+back.
 
 Everything is compared as GLOBAL tensors under checkpoint names: ``collect`` assembles them from the model's own
 sharded_state_dict, so a wrong shard, a replica that differs and a wrong gradient all show.
@@ -115,7 +116,8 @@ _generation = itertools.count()
 
 
 def initialize_groups(layout: Layout) -> None:
-    """Megatron's process groups of this layout. Groups of another are really destroyed: each gloo group keeps threads."""
+    """Megatron's process groups of this layout. Groups of another are really destroyed: each gloo group keeps
+    threads."""
     global _groups_of
     wanted = (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep, layout.etp)
     if wanted == _groups_of:
@@ -240,7 +242,9 @@ def collect(session: Session, what: str = "parameters") -> tuple[dict[str, torch
         if session.layout.distributed_optimizer:
             complete_gradients(session)
         with holding(session, {id(p): gradient(p) for _, p in session.parameters()}):
-            local = [(s.key, tuple(s.global_shape), region(s), s.data.detach().clone()) for s in sharded_tensors(session)]
+            local = [
+                (s.key, tuple(s.global_shape), region(s), s.data.detach().clone()) for s in sharded_tensors(session)
+            ]
     else:
         local = [(s.key, tuple(s.global_shape), region(s), s.data.detach().clone()) for s in sharded_tensors(session)]
     if session.layout.alone:
@@ -263,7 +267,8 @@ def collect(session: Session, what: str = "parameters") -> tuple[dict[str, torch
 
 
 def complete_gradients(session: Session) -> None:
-    """With the distributed optimizer each data-parallel rank has reduced only its shard of every bucket: gather them."""
+    """With the distributed optimizer each data-parallel rank has reduced only its shard of every bucket: gather
+    them."""
     for chunk in session.chunks:
         for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             for bucket in buffer.buckets:

@@ -1,7 +1,7 @@
 """Every parallel check in one torchrun session, because importing Megatron costs more than all of them.
 
-Rank 0 writes one JSON line per check to the file named on the command line as soon as it is done, so a session that dies
-still says how far it came.
+Rank 0 writes one JSON line per check to the file named on the command line as soon as it is done, so a session that
+dies still says how far it came.
 """
 
 import megatron_vwn.cpu
@@ -76,7 +76,9 @@ def parity(layout: Layout, case: Case) -> str:
     assert not unequal, f"gradients differ between replicas of {unequal}"
     errors = harness.relative_errors(actual_gradients, gradients)
     vwn = [key for key in errors if harness.is_virtual_width(key)]
-    assert vwn and all(gradients[key].norm() > 0 for key in vwn), "a VWN gradient is zero: the check would prove nothing"
+    assert vwn and all(gradients[key].norm() > 0 for key in vwn), (
+        "a VWN gradient is zero: the check would prove nothing"
+    )
     return within(errors, GRADIENT_TOLERANCE)
 
 
@@ -176,7 +178,9 @@ def birth(m: int, n: int, reduce_norm: bool) -> str:
     harness.forward_backward(baseline)
     gradients, _ = harness.collect(baseline, "gradients")
     spread = logits.softmax(-1).max(-1).values.mean().item()
-    assert spread > 5 / harness.VOCABULARY, f"the baseline's predictions are nearly uniform ({spread:.2f}): everything would look equal"
+    assert spread > 5 / harness.VOCABULARY, (
+        f"the baseline's predictions are nearly uniform ({spread:.2f}): everything would look equal"
+    )
 
     wide = harness.build(
         ALONE,

@@ -15,9 +15,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory, request):
     report = tmp_path_factory.mktemp("parallel") / "report.jsonl"
-    wanted = [
-        item.callspec.params["name"] for item in request.session.items if item.function.__name__ == "test_check"
-    ]
+    wanted = [item.callspec.params["name"] for item in request.session.items if item.function.__name__ == "test_check"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     run = subprocess.run(
         [*command, HERE / "session.py", report, *wanted],
