@@ -27,8 +27,6 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_vwn.training.data_checks import check_vocabulary, data_prefixes
-
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 # A loss ten times the largest so far is worth a second computation (--check-for-spiky-loss).
 _SPIKE = 10
@@ -47,18 +45,13 @@ def train_valid_test_datasets_provider(
     Args:
         train_val_test_num_samples: samples to provide; None for one epoch.
         vp_stage: virtual pipeline stage of this model chunk.
-
-    Raises:
-        VirtualWidthError: when the data was tokenised with another vocabulary.
     """
-    args, tokenizer = get_args(), get_tokenizer()
-    for prefix in data_prefixes(args):
-        check_vocabulary(prefix, tokenizer)
+    args = get_args()
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         train_val_test_num_samples,
         lambda: mpu.get_tensor_model_parallel_rank() == 0 and _needs_batch(vp_stage),
-        _dataset_config(args, tokenizer),
+        _dataset_config(args, get_tokenizer()),
     ).build()
 
 

@@ -119,5 +119,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise VirtualWidthError("--split divides one data set and contradicts data given per split: drop --split.")
     if args.data_args_path is not None and args.split is None:
         raise VirtualWidthError("--data-args-path needs --split, such as --split 990,10,0.")
+    if args.full_validation != args.multiple_validation_sets:
+        raise VirtualWidthError(
+            "Megatron 0.19 runs --full-validation and --multiple-validation-sets only together, also with a single "
+            "validation set: give both or neither."
+        )
     if args.full_validation and (args.eval_micro_batch_size or args.micro_batch_size) != 1:
         raise VirtualWidthError("--full-validation reads one sample at a time: add --eval-micro-batch-size 1.")

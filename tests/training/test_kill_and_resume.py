@@ -1,0 +1,89 @@
+"""A run whose ranks are all killed goes on from its checkpoint as if nothing had happened, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ITERATIONS, SAVE_INTERVAL, KILL_AFTER = 20, 5, 8
+
+# Every kind of state that a checkpoint must bring back: optimizer, learning rate, data order and, through dropout, the
+# random number generators of both ranks.
+FLAGS = """
+    --hybrid-layer-pattern *-*- --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
+    --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm
+    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0.1 --attention-dropout 0.1
+    --vwn-m 2 --vwn-n 6 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer
+    --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style cosine --eval-iters 0 --eval-interval 1000
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --log-interval 1 --tensorboard-log-interval 1 --ckpt-format torch_dist
+"""
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_vwn.training.pretrain", *FLAGS.split()]
+    command += ["--train-iters", str(ITERATIONS), "--save-interval", str(SAVE_INTERVAL)]
+    command += [
+        "--save",
+        folder / "checkpoints",
+        "--load",
+        folder / "checkpoints",
+        "--tensorboard-dir",
+        folder / "events",
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def wait_for_line(process: subprocess.Popen, log: Path, text: str) -> None:
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()[-4000:]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss of every step; of a step that was trained twice, the later one."""
+    found = {}
+    for file in sorted((folder / "events").iterdir(), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file)).Reload()
+        if "lm loss" in events.Tags()["scalars"]:
+            found |= {event.step: event.value for event in events.Scalars("lm loss")}
+    return found
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait() == 0, log.read_text()[-4000:]
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    finish(start(whole, whole / "log"), whole / "log")
+    expected = losses(whole)
+    assert sorted(expected) == list(range(1, ITERATIONS + 1))
+
+    process = start(killed, killed / "log")
+    wait_for_line(process, killed / "log", f"iteration {KILL_AFTER:8d}/")
+    # torchrun starts each rank in a session of its own, so a process group would not reach them.
+    launcher = psutil.Process(process.pid)
+    for victim in [launcher, *launcher.children(recursive=True)]:
+        victim.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = (killed / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    assert SAVE_INTERVAL <= int(before) < ITERATIONS
+    assert max(losses(killed)) < ITERATIONS
+
+    process = start(killed, killed / "log2")
+    finish(process, killed / "log2")
+    assert f"training resumes from iteration {before}" in (killed / "log2").read_text()
+    actual = losses(killed)
+    assert actual == expected, {step: (actual.get(step), value) for step, value in expected.items()}
