@@ -32,6 +32,7 @@ from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 
 # A rank that failed leaves the others waiting in a collective: not for longer than this.
 TIMEOUT = timedelta(minutes=1)
+BACKEND = "gloo"
 VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 96, 16, 2, 4
 
 
@@ -127,7 +128,7 @@ def initialize_groups(layout: Layout) -> None:
         torch.distributed.destroy_process_group()
     # The store still knows where the ranks of groups of the same name were listening: a new prefix forgets it.
     torch.distributed.init_process_group(
-        "gloo",
+        BACKEND,
         store=torch.distributed.PrefixStore(f"layout{next(_generation)}", _store()),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -173,7 +174,7 @@ def build(layout: Layout, case: Case, seed: int = 1) -> Session:
             model = VirtualWidthModel(config, spec, virtual_width=case.virtual_width, **arguments)
         if config.bf16:
             model.bfloat16()
-        chunks.append(model)
+        chunks.append(model.cuda())
     if not layout.alone:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
@@ -242,11 +243,9 @@ def collect(session: Session, what: str = "parameters") -> tuple[dict[str, torch
         if session.layout.distributed_optimizer:
             complete_gradients(session)
         with holding(session, {id(p): gradient(p) for _, p in session.parameters()}):
-            local = [
-                (s.key, tuple(s.global_shape), region(s), s.data.detach().clone()) for s in sharded_tensors(session)
-            ]
+            local = local_tensors(session)
     else:
-        local = [(s.key, tuple(s.global_shape), region(s), s.data.detach().clone()) for s in sharded_tensors(session)]
+        local = local_tensors(session)
     if session.layout.alone:
         everyone = [local]
     else:
@@ -264,6 +263,14 @@ def collect(session: Session, what: str = "parameters") -> tuple[dict[str, torch
     for key, tensor in tensors.items():
         assert not tensor.isnan().any(), f"{key}: the ranks' shards leave holes"
     return tensors, sorted(unequal)
+
+
+def local_tensors(session: Session) -> list[tuple]:
+    """Name, global shape, place and values of every shard of this rank."""
+    return [
+        (shard.key, tuple(shard.global_shape), region(shard), shard.data.detach().clone().cpu())
+        for shard in sharded_tensors(session)
+    ]
 
 
 def complete_gradients(session: Session) -> None:
@@ -289,7 +296,7 @@ def perturb(session: Session, std: float = 0.1, seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(session.parameters()):
         if any(part in name for part in ("connection.", "expansion.", "reduction.")):
-            p.data.add_(std * torch.randn(p.shape, generator=generator))
+            p.data.add_(std * torch.randn(p.shape, generator=generator).to(p.device))
 
 
 def is_virtual_width(key: str) -> bool:
@@ -307,7 +314,7 @@ def micro_batches(session: Session, step: int = 0) -> Iterator[dict[str, torch.T
     for batch in tokens[rank::size]:
         position = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
         data = {"tokens": batch[:, :-1], "labels": batch[:, 1:], "position_ids": position}
-        yield {key: context_parallel_part(value, session) for key, value in data.items()}
+        yield {key: context_parallel_part(value, session).cuda() for key, value in data.items()}
 
 
 def context_parallel_part(tensor_bs: torch.Tensor, session: Session) -> torch.Tensor:
@@ -319,13 +326,13 @@ def context_parallel_part(tensor_bs: torch.Tensor, session: Session) -> torch.Te
 
 
 def _loss(output_bs: torch.Tensor):
-    total, count = output_bs.float().sum(), torch.tensor(output_bs.numel(), dtype=torch.int)
+    total, count = output_bs.float().sum(), torch.tensor(output_bs.numel(), dtype=torch.int, device=output_bs.device)
     return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
 
 def causal_mask() -> torch.Tensor:
     """Megatron's: True where a token must not look."""
-    return torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool), 1)
+    return torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool), 1).cuda()
 
 
 def _forward_step(iterator, model):
@@ -356,7 +363,7 @@ def forward_backward(session: Session, step: int = 0) -> float:
         forward_only=False,
         **arguments,
     )
-    total = sum((entry["loss"].double() for entry in losses), torch.zeros(2, dtype=torch.float64))
+    total = sum((entry["loss"].double() for entry in losses), torch.zeros(2, dtype=torch.float64).cuda())
     if session.layout.alone:
         # What Megatron's finalize_model_grads does with the token count when there is something to reduce.
         for _, p in session.parameters():

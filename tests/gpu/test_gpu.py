@@ -1,0 +1,54 @@
+"""What only GPUs can show. Without one every test here is skipped and says so."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+GPUS = torch.cuda.device_count()
+
+pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
+needs_transformer_engine = pytest.mark.skipif(
+    find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+)
+
+
+def torchrun(ranks: int, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TESTS),
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(GPUS < 2, reason="context parallelism needs two GPUs")
+@needs_transformer_engine
+def test_attention_under_context_parallelism_equals_one_gpu():
+    run = torchrun(2, TESTS / "gpu" / "session_context_parallel.py")
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+
+
+FLAGS = """
+    --hybrid-layer-pattern *-*- --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512
+    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm
+    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 20 --eval-iters 1 --eval-interval 1000
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --log-interval 1 --bf16 --use-distributed-optimizer
+"""
+
+
+@pytest.mark.parametrize("width", ["", "--vwn-m 2 --vwn-n 8"], ids=["baseline", "virtual width"])
+def test_one_gpu_trains_in_bf16(width):
+    run = torchrun(1, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *width.split())
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert "emulated" not in run.stderr, "the CPU emulation is active on a machine with a GPU"
+    losses = [float(line.split("lm loss:")[1].split("|")[0]) for line in run.stdout.splitlines() if "lm loss:" in line]
+    assert losses[19] < losses[0], losses
