@@ -4,7 +4,6 @@
 backend offers.
 """
 
-import copy
 from dataclasses import fields, replace
 from functools import partial
 
@@ -50,7 +49,7 @@ def stack_spec(virtual_width: VirtualWidthConfig | None, config: TransformerConf
     if config.transformer_impl == "local":
         submodules, final_norm = _local_submodules(config), TorchNorm
     elif config.transformer_impl == "transformer_engine":
-        submodules, final_norm = copy.deepcopy(transformer_engine_stack_spec.submodules), TENorm
+        submodules, final_norm = transformer_engine_stack_spec.submodules, TENorm
     else:
         raise VirtualWidthError(
             f"--transformer-impl {config.transformer_impl} has no layer specs here: choose local or transformer_engine."

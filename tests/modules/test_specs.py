@@ -1,6 +1,7 @@
 """The stack specs of both backends, looked at without building a model."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from megatron.core.extensions.transformer_engine import TENorm
@@ -56,4 +57,4 @@ def test_transformer_engine_offers_every_layer_of_the_stock_stack_and_leaves_it_
 
 def test_a_backend_without_specs_is_refused():
     with pytest.raises(VirtualWidthError, match="choose local or transformer_engine"):
-        stack_spec(WIDTH, config("inference_optimized"))
+        stack_spec(WIDTH, SimpleNamespace(transformer_impl="inference_optimized"))
