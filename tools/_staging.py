@@ -31,11 +31,15 @@ def staging_folder(folder: Path, name: str) -> Iterator[Path]:
 def publish(staging: Path, folder: Path) -> list[Path]:
     """Move every staged file to its final place, replacing what is there; returns the final paths.
 
-    Indices go last: a data set without its .idx is not taken for one, and a new index never meets old tokens.
+    Old indices leave first and new ones come last: a data set without its .idx is not taken for one, so a process that
+    is killed in between leaves no index beside the tokens of another one.
     """
     staged = sorted(
         (path for path in staging.rglob("*") if path.is_file()), key=lambda path: (path.suffix == ".idx", path)
     )
+    for path in staged:
+        if path.suffix == ".idx":
+            (folder / path.relative_to(staging)).unlink(missing_ok=True)
     published = []
     for path in staged:
         final = folder / path.relative_to(staging)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from megatron_vwn_tools import _tokenizer
@@ -172,8 +173,12 @@ def _tokenise(
 ) -> tuple[list[DatasetWriter], int]:
     """Write the tokens of all documents under the staged paths; returns the writers and the number of empty ones."""
     writers, empty = [], 0
-    with _progress(files, "tokens") as progress:
-        for batch in encode_batches(read_batches(files, form), settings, workers):
+    # closing: an interrupted program must not leave its workers to the garbage collector.
+    with (
+        _progress(files, "tokens") as progress,
+        closing(encode_batches(read_batches(files, form), settings, workers)) as batches,
+    ):
+        for batch in batches:
             if not writers:  # with the first result, not before: the workers are busy while Megatron is imported
                 tokenizer = _tokenizer.load(settings.tokenizer)
                 writers = [DatasetWriter(path, tokenizer) for path in paths]

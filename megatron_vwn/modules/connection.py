@@ -33,8 +33,8 @@ class Connection(PartitionedModule):
         self.add_parameter("routing", virtual_width.n * self.num_coefficients)
         if virtual_width.dynamic:
             self.add_parameter("scale", virtual_width.n * self.num_coefficients)
-            self.add_parameter("weight", self.local_segment_size, self.num_coefficients, channel_dim=0)
-            self.add_parameter("norm", self.local_segment_size, value=1.0, channel_dim=0)
+            self.add_parameter("weight", self.segment_size, self.num_coefficients, channel_dim=0)
+            self.add_parameter("norm", self.segment_size, value=1.0, channel_dim=0)
 
     def parameters_by_shape(self) -> ops.ConnectionParameters:
         """The parameters as ops/ takes them."""
@@ -60,7 +60,7 @@ class Connection(PartitionedModule):
             The input [s, b, D] in the state's dtype, and what ``write`` wants back: under the width partition the
             carry and write deviations, whose sums over ranks came with those of the read; else None.
         """
-        h_TNE = self._segments(hidden_states)
+        h_TNE = self.segments(hidden_states)
         p = self.parameters_by_shape()
         shape = (*hidden_states.shape[:-1], self.config.hidden_size)
         if not self.partition.splits_width:
@@ -84,13 +84,10 @@ class Connection(PartitionedModule):
         Returns:
             The next state, of the shape and dtype of hidden_states.
         """
-        h_TNE = self._segments(hidden_states)
+        h_TNE = self.segments(hidden_states)
         p = self.parameters_by_shape()
         y_TD = output.reshape(-1, output.shape[-1])
         if not self.partition.splits_width:
             return ops.write(h_TNE, y_TD, p).view(hidden_states.shape)
         y_TME = self.partition.scatter_channels(y_TD.unflatten(-1, (p.m, self.segment_size)))
         return composed.mix_write(h_TNE, y_TME, deviation_TNK, p).view(hidden_states.shape)
-
-    def _segments(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.reshape(-1, self.virtual_width.n, self.local_segment_size)

@@ -24,7 +24,7 @@ class Expansion(PartitionedModule):
         self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
     ):
         super().__init__(config, virtual_width, pg_collection)
-        self.add_parameter("weight", virtual_width.n, self.local_segment_size, config.hidden_size, channel_dim=1)
+        self.add_parameter("weight", virtual_width.n, self.segment_size, config.hidden_size, channel_dim=1)
 
     def forward(self, x_sbD: Tensor) -> Tensor:
         """X [s, b, D], whole on every rank, to this rank's state [s, b, N, E]."""
@@ -49,6 +49,8 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         config: the backbone's config.
         virtual_width: the stream.
         pg_collection: process groups; ``tp`` is used.
+        with_expansion: whether a projected embedding has its own W_expand; a stage that only predicts further tokens
+            brings others.
         kwargs: those of LanguageModelEmbedding.
     """
 
@@ -58,6 +60,7 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         *args,
         virtual_width: VirtualWidthConfig,
         pg_collection: ProcessGroupCollection,
+        with_expansion: bool = True,
         **kwargs,
     ):
         table_config = config
@@ -68,14 +71,21 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         super().__init__(table_config, *args, **kwargs)
         self.virtual_width = virtual_width
         self.partition = StreamPartition.of(config, virtual_width, pg_collection.tp)
-        if virtual_width.embedding == "projected":
+        self.expansion = None
+        if virtual_width.embedding == "projected" and with_expansion:
             self.expansion = Expansion(config, virtual_width, pg_collection)
 
-    def forward(self, *args, **kwargs) -> Tensor:
-        """Token ids [b, s] to this rank's over-width state [s, b, N * E]; arguments of the stock embedding."""
+    def forward(self, *args, expansion: Expansion | None = None, **kwargs) -> Tensor:
+        """Token ids [b, s] to this rank's over-width state [s, b, N * E].
+
+        Args:
+            args: those of the stock embedding.
+            expansion: another W_expand than its own, for a projected embedding.
+            kwargs: those of the stock embedding.
+        """
         x = super().forward(*args, **kwargs)
         vw = self.virtual_width
         if vw.embedding == "projected":
-            return self.expansion(x).flatten(-2)
+            return (expansion or self.expansion)(x).flatten(-2)
         segments = self.partition.scatter_channels(x.unflatten(-1, (vw.n if vw.embedding == "wide" else vw.m, -1)))
         return ops.tile(segments, vw.n).flatten(-2)

@@ -1,6 +1,6 @@
 """HybridModel with an over-width stream."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.embedding import OverWidthEmbedding
+from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPBlock
 
 
 class VirtualWidthModel(HybridModel):
@@ -21,6 +22,7 @@ class VirtualWidthModel(HybridModel):
         config: the backbone's config; nothing in it is widened.
         hybrid_stack_spec: from ``modules.specs.stack_spec`` with the same virtual width.
         virtual_width: the stream.
+        pre_process: whether this pipeline stage embeds the tokens.
         pg_collection: process groups; Megatron's global ones if None.
         kwargs: those of HybridModel.
 
@@ -34,32 +36,40 @@ class VirtualWidthModel(HybridModel):
         hybrid_stack_spec: ModuleSpec,
         *args,
         virtual_width: VirtualWidthConfig,
+        pre_process: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
         share_embeddings_and_output_weights: bool = False,
         **kwargs,
     ):
         virtual_width.check_model(hidden_size=config.hidden_size, tied_embeddings=share_embeddings_and_output_weights)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        embedding = partial(OverWidthEmbedding, virtual_width=virtual_width, pg_collection=pg_collection)
-        with _embedding_built_by(embedding):
+        embedding = partial(
+            OverWidthEmbedding, virtual_width=virtual_width, pg_collection=pg_collection, with_expansion=pre_process
+        )
+        with _built_by(LanguageModelEmbedding=embedding, MultiTokenPredictionBlock=VirtualWidthMTPBlock):
             super().__init__(
                 config,
                 hybrid_stack_spec,
                 *args,
+                pre_process=pre_process,
                 pg_collection=pg_collection,
                 share_embeddings_and_output_weights=share_embeddings_and_output_weights,
                 **kwargs,
             )
+        if self.mtp_process:
+            self.decoder.predicts_further_tokens = True
+            self.mtp.finish_trunk = self.decoder.finish
         self.virtual_width = virtual_width
 
 
 @contextmanager
-def _embedding_built_by(builder: partial) -> Iterator[None]:
-    """HybridModel names its embedding class and takes no spec for it; replacing it afterwards would build the table
-    twice."""
-    stock = hybrid_model.LanguageModelEmbedding
-    hybrid_model.LanguageModelEmbedding = builder
+def _built_by(**builders: Callable) -> Iterator[None]:
+    """HybridModel names these classes and takes no spec for them; replacing them afterwards would build them twice."""
+    stock = {name: getattr(hybrid_model, name) for name in builders}
     try:
+        for name, builder in builders.items():
+            setattr(hybrid_model, name, builder)
         yield
     finally:
-        hybrid_model.LanguageModelEmbedding = stock
+        for name, builder in stock.items():
+            setattr(hybrid_model, name, builder)

@@ -20,6 +20,12 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -29,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.modules.layers import CONNECTED, branch_only
+from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPLayer
 from megatron_vwn.modules.norm import TorchNorm
 from megatron_vwn.modules.stack import Stack, VirtualWidthStack
 
@@ -65,10 +72,26 @@ def widen(spec: ModuleSpec, virtual_width: VirtualWidthConfig) -> ModuleSpec:
         for field in fields(spec.submodules)
         if isinstance(layer := getattr(spec.submodules, field.name), ModuleSpec) and field.name != "mtp_block_spec"
     }
+    mtp = _mtp_block_spec(
+        ModuleSpec(
+            module=VirtualWidthMTPLayer,
+            params={"virtual_width": virtual_width},
+            submodules=MultiTokenPredictionLayerSubmodules(
+                enorm=IdentityOp, hnorm=IdentityOp, eh_proj=IdentityOp, layer_norm=spec.params["final_norm"]
+            ),
+        )
+    )
     return ModuleSpec(
         module=VirtualWidthStack,
         params={**spec.params, "virtual_width": virtual_width},
-        submodules=replace(spec.submodules, **layers),
+        submodules=replace(spec.submodules, **layers, mtp_block_spec=mtp),
+    )
+
+
+def _mtp_block_spec(layer: ModuleSpec) -> ModuleSpec:
+    """The block around one prediction depth; its inner layers come from the pattern and the stack's submodules."""
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )
 
 
@@ -120,5 +143,13 @@ def _local_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         moe_layer=ModuleSpec(
             module=MoETransformerLayer,
             submodules=TransformerLayerSubmodules(pre_mlp_layernorm=TorchNorm, mlp=moe, mlp_bda=get_bias_dropout_add),
+        ),
+        mtp_block_spec=_mtp_block_spec(
+            ModuleSpec(
+                module=MultiTokenPredictionLayer,
+                submodules=MultiTokenPredictionLayerSubmodules(
+                    enorm=TorchNorm, hnorm=TorchNorm, eh_proj=ColumnParallelLinear, layer_norm=TorchNorm
+                ),
+            )
         ),
     )

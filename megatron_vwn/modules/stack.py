@@ -1,5 +1,6 @@
 """The stack of sublayers: Megatron's HybridStack with a final norm of any backend, and with the reduction before it."""
 
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -73,8 +74,15 @@ class VirtualWidthStack(Stack):
         **kwargs,
     ):
         super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
+        self.predicts_further_tokens = False
         if self.post_process:
             self.reduction = Reduction(config, virtual_width, pg_collection)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        """Arguments of HybridStack; on the last stage [s, b, D], or [s, b, N * E] for a block that follows."""
+        if self.predicts_further_tokens and not InferenceMode.is_active():
+            return HybridStack.forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def finish(self, hidden_states: Tensor) -> Tensor:
         """Reduce, then as every stack."""

@@ -99,6 +99,38 @@ PARITY: dict[str, tuple[Layout, Case]] = {
     },
 }
 
+# Everything together: attention, experts, two predictions.
+FURTHER = Case(pattern="*E*E/*E")
+PARITY |= {
+    f"MTP, {name}": (layout, FURTHER if layout.cp == 1 else Case(pattern="-/-"))
+    for name, layout in {
+        "DP4": Layout(),
+        "TP2+SP": TP2_SP,
+        "PP2": PP2,
+        "PP2 x VPP2": PP2_VPP2,
+        "EP2": Layout(ep=2),
+        "TP2+SP x PP2": Layout(tp=2, pp=2, sequence_parallel=True),
+        "CP2": Layout(cp=2),
+    }.items()
+} | {
+    # Megatron refuses experts under tensor parallelism without sequence parallelism.
+    "MTP, TP2 width": (TP2, Case(pattern="*-*-/*-")),
+    "MTP, full recompute, TP2+SP": (TP2_SP, FURTHER.but(**FULL_RECOMPUTE)),
+    "MTP, two depths, PP2": (PP2, Case(pattern="*-*-/*-/*-")),
+    "MTP, wide embedding, PP2": (PP2, Case(pattern="*-*-/*-", virtual_width=stream(embedding="wide"))),
+    "MTP, r = 3/2, TP2 width": (TP2, Case(pattern="*-/*-", virtual_width=stream(2, 3))),
+    **{
+        f"tied tiled embedding, {name}": (
+            layout,
+            Case(pattern=pattern, virtual_width=stream(embedding="tiled")).but(
+                _share_embeddings_and_output_weights=True
+            ),
+        )
+        # With stages and further predictions at once Megatron cannot save a tied model.
+        for name, layout, pattern in (("PP2", PP2, "*-*-"), ("MTP, TP2+SP", TP2_SP, "*-*-/*-"))
+    },
+}
+
 # Replicas must stay bitwise equal while training, in every partition.
 TRAINING: dict[str, tuple[Layout, Case]] = {
     "TP2 replicated": (TP2, Case(virtual_width=stream(partition="replicated"))),

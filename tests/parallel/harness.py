@@ -24,6 +24,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from parallel.cases import Case, Layout
 
 from megatron_vwn.modules.model import VirtualWidthModel
@@ -34,6 +35,16 @@ from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 TIMEOUT = timedelta(minutes=1)
 BACKEND = "gloo"
 VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 96, 16, 2, 4
+
+
+class Different(AssertionError):
+    """A comparison failed, on all ranks alike: compared is what every rank has after the last collective."""
+
+
+def expect(condition: object, message: object) -> None:
+    """Raise Different unless the condition holds."""
+    if not condition:
+        raise Different(message)
 
 
 @dataclass
@@ -59,7 +70,9 @@ class Session:
 def transformer_config(layout: Layout, case: Case) -> TransformerConfig:
     moe = "E" in case.pattern
     settings = {
-        "num_layers": len(case.pattern),
+        "num_layers": len(case.pattern.split("/")[0]),
+        "mtp_num_layers": case.pattern.count("/") or None,
+        "mtp_loss_scaling_factor": 0.3,
         "hidden_size": case.hidden,
         "num_attention_heads": 4,
         "ffn_hidden_size": 48,
@@ -164,6 +177,7 @@ def build(layout: Layout, case: Case, seed: int = 1) -> Session:
             "pre_process": parallel_state.is_pipeline_first_stage(**where),
             "post_process": parallel_state.is_pipeline_last_stage(**where),
             "position_embedding_type": dict(case.overrides).get("_position_embedding_type", "rope"),
+            "share_embeddings_and_output_weights": "_share_embeddings_and_output_weights" in dict(case.overrides),
             "pg_collection": groups,
             "vp_stage": vp_stage,
         }
@@ -185,9 +199,10 @@ def build(layout: Layout, case: Case, seed: int = 1) -> Session:
 
 
 def cut(pattern: str, stages: int) -> str:
-    """Stage marks at equal distances."""
-    length = len(pattern) // stages
-    return "|".join(pattern[i : i + length] for i in range(0, len(pattern), length))
+    """Stage marks at equal distances in the trunk's pattern."""
+    trunk, *further = pattern.split("/")
+    length = len(trunk) // stages
+    return "/".join(["|".join(trunk[i : i + length] for i in range(0, len(trunk), length)), *further])
 
 
 # ---------------------------------------------------------------------------------------------- global tensors
@@ -261,7 +276,7 @@ def collect(session: Session, what: str = "parameters") -> tuple[dict[str, torch
         seen[spot] = data
         tensors[key][where] = data.double().view(tensors[key][where].shape)
     for key, tensor in tensors.items():
-        assert not tensor.isnan().any(), f"{key}: the ranks' shards leave holes"
+        expect(not tensor.isnan().any(), f"{key}: the ranks' shards leave holes, or a value is NaN")
     return tensors, sorted(unequal)
 
 
@@ -295,12 +310,12 @@ def perturb(session: Session, std: float = 0.1, seed: int = 3) -> None:
     """Move every VWN parameter away from initialisation; only for a model that stands alone."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(session.parameters()):
-        if any(part in name for part in ("connection.", "expansion.", "reduction.")):
+        if is_virtual_width(name):
             p.data.add_(std * torch.randn(p.shape, generator=generator).to(p.device))
 
 
 def is_virtual_width(key: str) -> bool:
-    return any(part in key for part in ("connection.", "expansion.", "reduction."))
+    return any(part in key for part in ("connection.", "expansion.", "reduction.", "fusion."))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -314,6 +329,9 @@ def micro_batches(session: Session, step: int = 0) -> Iterator[dict[str, torch.T
     for batch in tokens[rank::size]:
         position = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1)
         data = {"tokens": batch[:, :-1], "labels": batch[:, 1:], "position_ids": position}
+        # Read by further predictions only. Megatron divides their loss by the tokens of each context-parallel rank;
+        # these two gaps give every rank, and one alone, as many tokens before as after the shift to the next label.
+        data["loss_mask"] = ((position != 0) & (position != 5)).float()
         yield {key: context_parallel_part(value, session).cuda() for key, value in data.items()}
 
 
@@ -337,7 +355,10 @@ def causal_mask() -> torch.Tensor:
 
 def _forward_step(iterator, model):
     batch = next(iterator)
-    return model(batch["tokens"], batch["position_ids"], causal_mask(), labels=batch["labels"]), _loss
+    output = model(
+        batch["tokens"], batch["position_ids"], causal_mask(), labels=batch["labels"], loss_mask=batch["loss_mask"]
+    )
+    return output, _loss
 
 
 def forward_backward(session: Session, step: int = 0) -> float:
@@ -376,9 +397,22 @@ def forward_backward(session: Session, step: int = 0) -> float:
     return (total[0] / total[1]).item()
 
 
+def further_losses(session: Session) -> list[float]:
+    """The mean loss of each further prediction in the last ``forward_backward``, the same numbers on every rank."""
+    sums = torch.zeros(session.config.mtp_num_layers, dtype=torch.float64)
+    tracker = MTPLossLoggingHelper.tracker
+    if "loss_values" in tracker:
+        sums += tracker["loss_values"].double().cpu() / (1 if session.layout.alone else session.groups.tp.size())
+        tracker.clear()
+    if not session.layout.alone:
+        torch.distributed.all_reduce(sums)
+    # One entry per micro-batch and context-parallel rank, each a mean over its own tokens.
+    return (sums / (MICRO_BATCHES * session.layout.cp)).tolist()
+
+
 def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """Norm of the difference over norm, per tensor; the names must agree."""
-    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
+    expect(actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys()))
     return {
         key: ((actual[key] - expected[key]).norm() / expected[key].norm().clamp_min(1e-12)).item() for key in expected
     }

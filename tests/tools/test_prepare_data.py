@@ -209,6 +209,27 @@ def test_overwrite_replaces_data_and_stale_indices(tokenizer_folder, tmp_path, c
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("completed", [0, 1, 2])
+def test_killed_while_replacing(completed, tokenizer_folder, tmp_path, monkeypatch):
+    # Of equal length, so that no size betrays a new .bin beside an old .idx.
+    (tmp_path / "a.txt").write_text("ab")
+    (tmp_path / "b.txt").write_text("yz")
+    assert run(tmp_path / "a.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out") == 0
+    replace, moved = os.replace, []
+
+    def replace_or_die(source, target):
+        if len(moved) == completed:
+            raise SystemExit("killed")
+        moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    with pytest.raises(SystemExit, match="killed"):
+        run(tmp_path / "b.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--overwrite")
+    with pytest.raises(VirtualWidthError, match="out.idx does not exist"):
+        check_indexed_dataset(str(tmp_path / "out"))
+
+
 def test_summary(tokenizer_folder, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text("abc\f  \n \fdef\f")
     assert run(tmp_path / "corpus.txt", "--train-tokenizer", 1000, "--output", tmp_path / "out") == 0
@@ -382,6 +403,20 @@ def test_interrupted_in_the_middle(tokenizer_folder, tmp_path):
     assert errors.splitlines() == ["vwn-prepare-data: interrupted; nothing was written."]
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
     assert unfinished.members() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test holds the program up with a named pipe")
+def test_a_worker_is_killed(tokenizer_folder, tmp_path):
+    unfinished = Unfinished(tmp_path, tokenizer_folder)
+    for process in unfinished.members():
+        if "spawn_main" in Path(f"/proc/{process}/cmdline").read_text():
+            os.kill(int(process), signal.SIGKILL)
+    unfinished.pipe.close()
+    assert unfinished.process.wait(300) == 2
+    assert unfinished.process.stderr.read().startswith(
+        "vwn-prepare-data: a worker died, most likely for want of memory"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 def test_ended_by_a_scheduler(tokenizer_folder, tmp_path, monkeypatch, capsys):

@@ -168,7 +168,7 @@ def flags(**changed):
 
 
 def test_prefixes_of_every_kind_of_flag(tmp_path):
-    from megatron_vwn.training.data import data_prefixes
+    from megatron_vwn.training.data_checks import data_prefixes
 
     listed, per_split = tmp_path / "list.txt", tmp_path / "splits.json"
     listed.write_text("0.25 a\n0.75 b\n")
