@@ -154,11 +154,21 @@ BIRTH: dict[str, tuple[int, int, bool]] = {
     for norm in ((False, True) if n % m == 0 else (False,))
 }
 
+# (m, n) with one and two further predictions.
+BIRTH_MTP: dict[str, tuple[int, int, str]] = {
+    "(2,8)": (2, 8, "*-*-/*-"),
+    "(4,4)": (4, 4, "*-*-/*-"),
+    "(2,8), two depths": (2, 8, "*-/*-/*-"),
+    "(2,8), experts": (2, 8, "*E/*E"),
+}
+
 CHECKS = [
     *(f"parity: {name}" for name in PARITY),
     *(f"replicas: {name}" for name in TRAINING),
     *(f"resharding: {name}" for name in RESHARDING),
     *(f"birth: {name}" for name in BIRTH),
+    *(f"birth with MTP: {name}" for name in BIRTH_MTP),
+    "MTP leaves the next token alone",
     "weight decay",
     "same backbone, seed for seed",
 ]

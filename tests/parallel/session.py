@@ -24,6 +24,7 @@ from parallel import harness  # noqa: E402
 from parallel.cases import (  # noqa: E402
     ALONE,
     BIRTH,
+    BIRTH_MTP,
     CHECKS,
     PARITY,
     RANKS,
@@ -202,6 +203,50 @@ def birth(m: int, n: int, reduce_norm: bool) -> str:
     return within(errors, BIRTH_TOLERANCE)
 
 
+def birth_with_further_predictions(m: int, n: int, pattern: str) -> str:
+    """With the shared map [2E -> E] as the dense fusion I_m (x) W_e | I_m (x) W_h, all losses are the baseline's.
+
+    Megatron predicts further from the state after the final norm, we from the one before: equal for unit norm weights
+    and a vanishing eps, but for the gradients of those norm weights, which further predictions do not reach here.
+    """
+    case = Case(pattern=pattern, virtual_width=None).but(layernorm_epsilon=1e-12)
+    generator = torch.Generator().manual_seed(13)
+    segment = case.hidden // m
+    baseline = harness.build(ALONE, case)
+    weights, _ = harness.collect(baseline)
+    fusion = {}
+    for key in [key for key in weights if key.endswith("eh_proj.weight")]:
+        pair = torch.randn(segment, 2, segment, generator=generator, dtype=torch.float64) / segment**0.5
+        fusion[key.replace("eh_proj", "fusion")] = pair
+        weights[key] = torch.cat([torch.kron(torch.eye(m), pair[:, i]) for i in (0, 1)], dim=1)
+    harness.load_globals(baseline, weights)
+    losses = losses_of(baseline)
+    gradients, _ = harness.collect(baseline, "gradients")
+
+    width = stream(m, n, embedding="tiled", reduce_norm=False)
+    wide = harness.build(ALONE, dataclasses.replace(case, virtual_width=width), seed=7)
+    fresh, _ = harness.collect(wide)
+    harness.load_globals(wide, {**fresh, **weights, **fusion})
+    actual = losses_of(wide)
+    wide_gradients, _ = harness.collect(wide, "gradients")
+    passed_by = ("final_norm.weight", "final_layernorm.weight")
+    shared = [key for key in gradients if key in wide_gradients and not key.endswith(passed_by)]
+    errors = harness.relative_errors({k: wide_gradients[k] for k in shared}, {k: gradients[k] for k in shared})
+    errors |= {f"loss {i}": abs(a - e) / e for i, (a, e) in enumerate(zip(actual, losses, strict=True))}
+    return within(errors, BIRTH_TOLERANCE)
+
+
+def next_token_with_and_without_further_predictions() -> str:
+    """Predicting further tokens changes the trunk through gradients only."""
+    case = Case(pattern="*-*-/*-")
+    parameters, losses, _ = reference(case)
+    trunk = harness.build(ALONE, dataclasses.replace(case, pattern="*-*-"))
+    harness.load_globals(trunk, parameters)
+    alone = harness.forward_backward(trunk)
+    expect(alone == losses[0], f"{alone!r} instead of {losses[0]!r}")
+    return f"{alone:.6f} in both"
+
+
 def _logits(session: harness.Session) -> torch.Tensor:
     with torch.no_grad():
         batch = next(harness.micro_batches(session))
@@ -257,6 +302,10 @@ def check(name: str) -> str:
             return resharding(*RESHARDING[rest])
         case "birth":
             return birth(*BIRTH[rest])
+        case "birth with MTP":
+            return birth_with_further_predictions(*BIRTH_MTP[rest])
+        case "MTP leaves the next token alone":
+            return next_token_with_and_without_further_predictions()
         case "weight decay":
             return weight_decay()
         case "same backbone, seed for seed":
