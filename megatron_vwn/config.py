@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 Connection = Literal["dynamic", "static"]
 Gate = Literal["tanh", "sigmoid"]
-Carry = Literal["full", "identity"]
+Carry = Literal["full", "identity", "doubly-stochastic"]
 Embedding = Literal["wide", "projected", "tiled"]
 Partition = Literal["sequence", "width", "replicated"]
 
@@ -29,7 +29,9 @@ class VirtualWidthConfig:
         n: number of segments of the over-width state, n >= m; the virtual width factor is r = n/m.
         connection: "dynamic" (DGHC: coefficients depend on the token) or "static" (GHC: A and B alone).
         gate: "tanh": A(H) = S o tanh(logits) + A; "sigmoid": A(H) = A o 2 sigmoid(S o logits).
-        carry: "full": C = A_carry^T H; "identity": C = H.
+        carry: "full": C = A_carry^T H; "identity": C = H; "doubly-stochastic": A_carry with rows and columns that sum
+        to
+            one, by Sinkhorn iterations on exp(8 I + what "full" would add to the identity).
         embedding: "wide" (table [vocab, D']), "projected" (table [vocab, D] and W_expand) or "tiled" (copies);
             None picks the paper's choice: projected above r = 2, wide up to there.
         reduce_norm: group RMS norm with groups of D before the reduction; None turns it on exactly when n is a
@@ -93,7 +95,7 @@ class VirtualWidthConfig:
     @property
     def num_carry(self) -> int:
         """Columns of A that carry the stream: n, or 0 where the carry is the identity and has no parameters."""
-        return self.n if self.carry == "full" else 0
+        return 0 if self.carry == "identity" else self.n
 
     def segment_size(self, hidden_size: int) -> int:
         """E = D/m in channels."""

@@ -48,6 +48,7 @@ class Connection(PartitionedModule):
             scale_NK=self.scale.view(vw.n, k) if vw.dynamic else None,
             weight_EK=self.weight if vw.dynamic else None,
             norm_E=self.norm if vw.dynamic else None,
+            doubly_stochastic=vw.carry == "doubly-stochastic",
         )
 
     def read(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -16,8 +16,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from megatron_vwn.ops.parameters import ConnectionParameters, accumulation_dtype, initial_pattern
+from megatron_vwn.ops.parameters import SINKHORN_KAPPA, ConnectionParameters, accumulation_dtype, initial_pattern
+from megatron_vwn.ops.reference import sinkhorn
 
 
 def project(h_TNE: Tensor, p: ConnectionParameters, columns: slice) -> Tensor:
@@ -39,6 +41,10 @@ def deviations(sums_TNK: Tensor | None, p: ConnectionParameters, columns: slice,
     Returns:
         [T, N, K'], or [N, K'] for a static connection, in the accumulation dtype.
     """
+    return _project_carry(_unprojected(sums_TNK, p, columns, segment_size), p, columns)
+
+
+def _unprojected(sums_TNK: Tensor | None, p: ConnectionParameters, columns: slice, segment_size: int) -> Tensor:
     routing_NK = p.routing_NK[:, columns]
     if sums_TNK is None:
         return routing_NK.to(accumulation_dtype(routing_NK.dtype))
@@ -52,6 +58,20 @@ def deviations(sums_TNK: Tensor | None, p: ConnectionParameters, columns: slice,
     # 2 sigmoid(z) - 1 = tanh(z / 2): the deviation of the gate from one, without cancellation.
     gate_TNK = torch.tanh(0.5 * scale_NK * logits_TNK)
     return pattern_NK * gate_TNK + routing_NK * (1 + gate_TNK)
+
+
+def _project_carry(deviation_TNK: Tensor, p: ConnectionParameters, columns: slice) -> Tensor:
+    """Make the carry among the chosen columns doubly stochastic, if the connection's is.
+
+    The Sinkhorn iterations are computed again in the backward pass: 40 matrices of every token would be kept otherwise.
+    """
+    if not p.doubly_stochastic or columns.stop <= p.m:
+        return deviation_TNK
+    read, carry_TNN, write = deviation_TNK.split([p.m - columns.start, p.n, p.m], dim=-1)
+    identity_NN = torch.eye(p.n, dtype=carry_TNN.dtype, device=carry_TNN.device)
+    logits_TNN = SINKHORN_KAPPA * identity_NN + carry_TNN
+    carry_TNN = checkpoint(sinkhorn, logits_TNN, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([read, carry_TNN - identity_NN, write], dim=-1)
 
 
 def mix_read(h_TNE: Tensor, deviation_TNM: Tensor, p: ConnectionParameters) -> Tensor:

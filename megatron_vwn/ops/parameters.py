@@ -32,6 +32,7 @@ class ConnectionParameters(NamedTuple):
         scale_NK: deviation of S from one; None for a static connection.
         weight_EK: [W_a_read | W_a_carry | W_b]; None for a static connection.
         norm_E: RMSNorm weight itself, ones at birth; None for a static connection.
+        doubly_stochastic: whether the carry is the Sinkhorn projection of what would else be added to the identity.
     """
 
     m: int
@@ -42,6 +43,7 @@ class ConnectionParameters(NamedTuple):
     scale_NK: Tensor | None = None
     weight_EK: Tensor | None = None
     norm_E: Tensor | None = None
+    doubly_stochastic: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -62,6 +64,12 @@ class ConnectionParameters(NamedTuple):
     def write_columns(self) -> slice:
         """Columns of K that form A_carry and B^T: all that a write needs."""
         return slice(self.m, self.m + self.num_carry + self.m)
+
+
+# The doubly stochastic carry starts within n e^-8 of the identity, and after 20 rounds its rows and columns sum to one
+# as well as training needs (columns, which come last, exactly).
+SINKHORN_KAPPA = 8.0
+SINKHORN_ITERATIONS = 20
 
 
 def initial_pattern(m: int, n: int, num_carry: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,7 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_vwn.ops.parameters import ConnectionParameters, accumulation_dtype, initial_pattern
+from megatron_vwn.ops.parameters import (
+    SINKHORN_ITERATIONS,
+    SINKHORN_KAPPA,
+    ConnectionParameters,
+    accumulation_dtype,
+    initial_pattern,
+)
 
 
 def rms_norm(h_TNE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
@@ -45,8 +51,20 @@ def routing(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Tensor, Ten
     identity_TNN = torch.eye(p.n, dtype=h_TNE.dtype, device=h_TNE.device).expand(h_TNE.shape[0], -1, -1)
     a_read_TNM = c_TNK[..., : p.m]
     a_carry_TNN = c_TNK[..., p.m : p.m + p.n] if p.num_carry else identity_TNN
+    if p.doubly_stochastic:
+        a_carry_TNN = sinkhorn(SINKHORN_KAPPA * identity_TNN + (a_carry_TNN - identity_TNN))
     b_TMN = c_TNK[..., p.m + p.num_carry :].transpose(1, 2)
     return a_read_TNM, a_carry_TNN, b_TMN
+
+
+def sinkhorn(logits_TNN: Tensor) -> Tensor:
+    """exp(logits) with rows and columns scaled in turn to sum to one, columns last: no segment of C = A_carry^T H can
+    be larger than the largest of H."""
+    a_TNN = (logits_TNN - logits_TNN.amax((-2, -1), keepdim=True)).exp()
+    for _ in range(SINKHORN_ITERATIONS):
+        a_TNN = a_TNN / a_TNN.sum(-1, keepdim=True)
+        a_TNN = a_TNN / a_TNN.sum(-2, keepdim=True)
+    return a_TNN
 
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> Tensor:

@@ -10,7 +10,7 @@ PAIRS = [(1, 1), (1, 4), (2, 3), (3, 7), (4, 4), (2, 8), (4, 32), (8, 64)]
 
 def connection(m, n, segment, *, gate="tanh", carry="full", dynamic=True, dtype=torch.float64, std=0.1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    k = 2 * m + (n if carry == "full" else 0)
+    k = 2 * m + (0 if carry == "identity" else n)
 
     def leaf(*shape, mean=0.0):
         tensor = mean + std * torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -18,7 +18,7 @@ def connection(m, n, segment, *, gate="tanh", carry="full", dynamic=True, dtype=
 
     routing = leaf(n, k)
     scale, weight, norm = (leaf(n, k), leaf(segment, k), leaf(segment, mean=1.0)) if dynamic else (None, None, None)
-    return ConnectionParameters(m, n, gate, 1e-6, routing, scale, weight, norm)
+    return ConnectionParameters(m, n, gate, 1e-6, routing, scale, weight, norm, carry == "doubly-stochastic")
 
 
 def state_and_output(tokens, p, segment, *, dtype=torch.float64, seed=1):
@@ -38,3 +38,10 @@ def gradients(outputs, inputs):
     generator = torch.Generator().manual_seed(5)
     loss = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
     return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True), strict=True))
+
+
+KINDS = {
+    f"{gate if dynamic else 'static'}, {carry} carry": {"gate": gate, "carry": carry, "dynamic": dynamic}
+    for gate, dynamic in (("tanh", True), ("sigmoid", True), ("tanh", False))
+    for carry in ("full", "identity", "doubly-stochastic")
+}

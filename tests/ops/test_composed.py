@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.connections import PAIRS, connection, gradients, leaves, state_and_output
+from ops.connections import KINDS, PAIRS, connection, gradients, leaves, state_and_output
 
 from megatron_vwn.ops import composed, reference
 
@@ -16,21 +16,11 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize(
-    "gate,carry,dynamic",
-    [
-        ("tanh", "full", True),
-        ("tanh", "identity", True),
-        ("sigmoid", "full", True),
-        ("sigmoid", "identity", True),
-        ("tanh", "full", False),
-        ("tanh", "identity", False),
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m,n", PAIRS)
-def test_output_and_gradients(m, n, gate, carry, dynamic, dtype):
+def test_output_and_gradients(m, n, kind, dtype):
     segment, tokens = 8, 7
-    p = connection(m, n, segment, gate=gate, carry=carry, dynamic=dynamic, dtype=dtype)
+    p = connection(m, n, segment, **KINDS[kind], dtype=dtype)
     h, y = state_and_output(tokens, p, segment, dtype=dtype)
     actual = {"x": composed.read(h, p), "h'": composed.write(h, y, p)}
     inputs = {"h": h, "y": y, **leaves(p)}

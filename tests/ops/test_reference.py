@@ -5,21 +5,9 @@ import math
 
 import pytest
 import torch
-from ops.connections import PAIRS, connection, leaves, state_and_output
+from ops.connections import KINDS, PAIRS, connection, leaves, state_and_output
 
 from megatron_vwn.ops import reference
-
-CASES = [
-    pytest.param(gate, carry, dynamic, id=f"{gate if dynamic else 'static'}-{carry}")
-    for gate, carry, dynamic in [
-        ("tanh", "full", True),
-        ("tanh", "identity", True),
-        ("sigmoid", "full", True),
-        ("sigmoid", "identity", True),
-        ("tanh", "full", False),
-        ("tanh", "identity", False),
-    ]
-]
 
 
 def by_index(h, y, p):
@@ -36,7 +24,7 @@ def by_index(h, y, p):
 
     def coefficient(j, column, initial):
         """Entry of row j: its logit comes from segment j, in A (the segment read) and in B^T (the segment written)."""
-        static = initial + float(p.routing_NK[j, column])
+        static = initial + p.routing_NK[j, column].item()
         z = logit(j, column)
         if z is None:
             return static
@@ -48,6 +36,12 @@ def by_index(h, y, p):
         a_carry = [[float(i == j) for i in range(n)] for j in range(n)]
     else:
         a_carry = [[coefficient(j, m + i, float(i == j)) for i in range(n)] for j in range(n)]
+    if p.doubly_stochastic:
+        a_carry = [[math.exp(8 * (i == j) + a_carry[j][i] - (i == j)) for i in range(n)] for j in range(n)]
+        for _ in range(20):
+            a_carry = [[a / sum(row) for a in row] for row in a_carry]
+            sums = [sum(row[i] for row in a_carry) for i in range(n)]
+            a_carry = [[a / sums[i] for i, a in enumerate(row)] for row in a_carry]
     first = m + p.num_carry
     b = [[coefficient(j, first + i, float(i == j % m)) for j in range(n)] for i in range(m)]
 
@@ -62,10 +56,10 @@ def by_index(h, y, p):
     return x.flatten(), out
 
 
-@pytest.mark.parametrize("gate,carry,dynamic", CASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m,n", [(1, 1), (1, 4), (2, 3), (3, 7), (4, 4)])
-def test_equals_the_formulas_index_by_index(m, n, gate, carry, dynamic):
-    p = connection(m, n, 4, gate=gate, carry=carry, dynamic=dynamic, std=0.5)
+def test_equals_the_formulas_index_by_index(m, n, kind):
+    p = connection(m, n, 4, **KINDS[kind], std=0.5)
     h, y = (t.detach() for t in state_and_output(3, p, 4))
     x, out = reference.read(h, p), reference.write(h, y, p)
     for token in range(3):
@@ -83,10 +77,10 @@ def test_at_birth_a_sublayer_reads_the_first_segments_and_every_segment_carries_
     torch.testing.assert_close(reference.write(h, y, p), h + copies, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("gate,carry,dynamic", CASES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m,n", [(1, 3), (2, 3), (2, 2)])
-def test_gradcheck(m, n, gate, carry, dynamic):
-    p = connection(m, n, 3, gate=gate, carry=carry, dynamic=dynamic)
+def test_gradcheck(m, n, kind):
+    p = connection(m, n, 3, **KINDS[kind])
     h, y = state_and_output(2, p, 3)
     names = list(leaves(p))
 
@@ -128,3 +122,26 @@ def test_gradcheck_of_reduction_and_group_norm():
         )
 
     assert torch.autograd.gradcheck(run, (h, weight, gain, bias))
+
+
+def test_doubly_stochastic_carry_sums_to_one_and_no_depth_amplifies():
+    generator = torch.Generator().manual_seed(0)
+    n, depth = 64, 60
+    product = torch.eye(n, dtype=torch.float64)
+    for _ in range(depth):
+        logits = 8 * torch.eye(n, dtype=torch.float64) + torch.randn(n, n, generator=generator, dtype=torch.float64)
+        carry = reference.sinkhorn(logits)
+        assert (carry.sum(0) - 1).abs().max() < 1e-6 and (carry.sum(1) - 1).abs().max() < 5e-2
+        product = product @ carry
+    assert product.abs().sum(0).max() <= 1 + 1e-5
+    assert product.abs().sum(1).max() <= 1.1
+    assert torch.linalg.matrix_norm(product, 2) <= 1.01
+
+
+def test_full_carry_amplifies_with_depth():
+    """What the doubly stochastic carry is for: 60 products of I + 0.1 randn at n = 64 pass any bound."""
+    generator = torch.Generator().manual_seed(0)
+    product = torch.eye(64, dtype=torch.float64)
+    for _ in range(60):
+        product = product @ (torch.eye(64) + 0.1 * torch.randn(64, 64, generator=generator)).double()
+    assert product.abs().sum(0).max() > 100

@@ -90,6 +90,7 @@ PARITY: dict[str, tuple[Layout, Case]] = {
             "static, identity carry": Case(virtual_width=stream(connection="static", carry="identity")),
             "sigmoid": Case(virtual_width=stream(gate="sigmoid")),
             "identity carry": Case(virtual_width=stream(carry="identity")),
+            "doubly stochastic carry": Case(virtual_width=stream(carry="doubly-stochastic")),
             "r = 3/2": Case(virtual_width=stream(2, 3)),
             "m = 1": Case(virtual_width=stream(1, 4)),
             "LayerNorm": Case().but(normalization="LayerNorm"),
