@@ -226,7 +226,7 @@ def test_killed_while_replacing(completed, tokenizer_folder, tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", replace_or_die)
     with pytest.raises(SystemExit, match="killed"):
         run(tmp_path / "b.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--overwrite")
-    with pytest.raises(VirtualWidthError, match="out.idx does not exist"):
+    with pytest.raises(VirtualWidthError, match=r"out\.idx does not exist"):
         check_indexed_dataset(str(tmp_path / "out"))
 
 
