@@ -1,6 +1,7 @@
 """Over-width embedding: from token ids to the first over-width state."""
 
 import copy
+import math
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,10 +15,10 @@ from megatron_vwn.parallel.partition import StreamPartition
 
 
 class Expansion(PartitionedModule):
-    """H = W_expand X, with W_expand stored as its deviation [N, E, D] from tiling, so that it starts as a copy.
+    """H = W_expand X with W_expand = tiling + weight [N, E, D] / sqrt(D), so that it starts as a copy.
 
-    Three dimensions, because under the width partition a rank owns its channels of every segment, which in a [D', D]
-    matrix would be no contiguous block.
+    Divided for the reason that Reduction gives. Three dimensions, because under the width partition a rank owns its
+    channels of every segment, which in a [D', D] matrix would be no contiguous block.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Expansion(PartitionedModule):
         copies = ops.tile(self.partition.scatter_channels(x_sbD.unflatten(-1, (vw.m, -1))), vw.n)
         # A rank's product sees only its own rows of W_expand, so the gradient of X has to be summed over ranks.
         x_sbD = self.partition.complete_gradient(x_sbD).to(self.weight.dtype)
-        return copies + (x_sbD @ self.weight.flatten(0, 1).T).view(copies.shape)
+        return copies + (x_sbD @ self.weight.flatten(0, 1).T / math.sqrt(self.config.hidden_size)).view(copies.shape)
 
 
 class OverWidthEmbedding(LanguageModelEmbedding):

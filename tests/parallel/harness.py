@@ -311,7 +311,11 @@ def perturb(session: Session, std: float = 0.1, seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(session.parameters()):
         if is_virtual_width(name):
-            p.data.add_(std * torch.randn(p.shape, generator=generator).to(p.device))
+            # W_expand and W_reduce are divided by the square root of what they sum over.
+            divided = name.endswith(("expansion.weight", "reduction.weight"))
+            p.data.add_(
+                std * (session.case.hidden if divided else 1) * torch.randn(p.shape, generator=generator).to(p.device)
+            )
 
 
 def is_virtual_width(key: str) -> bool:
