@@ -40,6 +40,11 @@ def _pattern(args: Args) -> str:
     return args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
 
 
+def _depths(args: Args) -> int:
+    """Further predictions in the pattern."""
+    return _pattern(args).count(Symbols.MTP_SEPARATOR)
+
+
 def _interleaved_without_overlap(args: Args) -> bool:
     stages = args.pipeline_model_parallel_size
     return not args.overlap_p2p_comm and stages == 2 < get_hybrid_total_pipeline_segment_count(_pattern(args))
@@ -77,6 +82,29 @@ _ALWAYS = (
         lambda args: args.transformer_impl == "local" and Symbols.MOE in _pattern(args) and args.add_bias_linear,
         "--transformer-impl local cannot train experts with biases: add --disable-bias-linear.",
     ),
+    Refusal(
+        lambda args: (
+            Symbols.MOE in _pattern(args) and args.tensor_model_parallel_size > 1 and not args.sequence_parallel
+        ),
+        "experts under tensor parallelism need --sequence-parallel: add it.",
+    ),
+    Refusal(
+        lambda args: (args.mtp_num_layers or args.mtp_hybrid_override_pattern) and not _depths(args),
+        "further predictions of a HybridModel are written into --hybrid-layer-pattern, such as '*-*-/*-' for one: drop "
+        "--mtp-num-layers.",
+    ),
+    # Megatron would give the last stage a head of its own and stop at the first checkpoint.
+    Refusal(
+        lambda args: (
+            _depths(args) and args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights
+        ),
+        "multi-token prediction on several pipeline stages cannot share embedding and head: add "
+        "--untie-embeddings-and-output-weights.",
+    ),
+    Refusal(
+        lambda args: not args.eval_interval,
+        "--eval-interval is missing, by which Megatron plans validation: give it, with --eval-iters 0 for none.",
+    ),
     # Megatron asks Transformer Engine whether fp8 is on wherever it recomputes a module without keeping its output.
     Refusal(
         lambda args: not HAVE_TE and {"layernorm", "moe_act"} & set(args.recompute_modules or ()),
@@ -102,11 +130,6 @@ _WEIGHT_SHARDS = "shards weights in ways that the virtual width does not know: d
 
 # With --vwn-m and --vwn-n.
 _WITH_VIRTUAL_WIDTH = (
-    Refusal(
-        lambda args: Symbols.MTP_SEPARATOR in _pattern(args) or args.mtp_num_layers or args.mtp_hybrid_override_pattern,
-        "multi-token prediction is not supported together with a virtual width: cut --hybrid-layer-pattern before its "
-        "first / and drop --mtp-num-layers.",
-    ),
     _flag("spec", "names other layers than the virtual width has: drop it."),
     _flag("multi_latent_attention", "is derived from the symbol + in --hybrid-layer-pattern: drop it."),
     _flag("apply_residual_connection_post_layernorm", _NO_RESIDUAL),
