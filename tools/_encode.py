@@ -89,6 +89,12 @@ def encode_batches(batches: Iterable[Batch], settings: EncoderSettings, workers:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
     try:
+        # Ctrl-C reaches the whole process group and the parent alone answers it: workers, each of which is started by
+        # one task that finds no idle one, inherit that it is blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for _ in range(workers):
+            pool.submit(os.getpid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pending = deque(pool.submit(_encode, batch) for batch in islice(batches, _AHEAD * workers))
         while pending:
             yield pending.popleft().result()
@@ -106,8 +112,6 @@ _encoder: Encoder | None = None
 
 def _start_worker(settings: EncoderSettings) -> None:
     global _encoder
-    # Ctrl-C reaches the whole group: the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     _encoder = Encoder(settings)
 

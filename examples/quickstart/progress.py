@@ -20,29 +20,28 @@ class RunFailedError(Exception):
 
 
 class Clock:
-    """Time since the start and an estimate of what remains, from the pace of the steps so far."""
+    """Time since the start, and an estimate of what remains of all runs.
 
-    def __init__(self):
+    Args:
+        work: what all runs will still cost together, in a unit of the caller's choice.
+    """
+
+    def __init__(self, work: float):
         self._start = time.monotonic()
-        self._expected = 0
-        self._done = 0
+        self._work = work
 
     @property
     def elapsed(self) -> str:
         """Time since the start."""
         return minutes(time.monotonic() - self._start)
 
-    def expect(self, steps: int, runs: int) -> None:
-        """State how many steps all runs will make together."""
-        self._expected = steps * runs
+    def finish(self, work: float) -> None:
+        """State that so much of the work is behind us."""
+        self._work -= work
 
-    def reach(self, done: int) -> None:
-        """State how many of them are behind us."""
-        self._done = done
-
-    def remaining(self, seconds_per_step: float) -> str:
-        """Time for all remaining steps at this pace."""
-        return minutes((self._expected - self._done) * seconds_per_step)
+    def remaining(self, seconds: float, work: float) -> str:
+        """Time for all that remains if this much work takes so many seconds."""
+        return minutes(self._work * seconds / work)
 
     def say(self, name: str, text: str) -> None:
         """Print one line of progress."""
@@ -77,33 +76,39 @@ def run_logged(command: Sequence[str], log: Path) -> Iterator[str]:
         raise RunFailedError(f"exit code {code}; the end of {log} is\n{tail}")
 
 
-def train(folder: Path, command: Sequence[str], until: int, clock: Clock) -> None:
-    """Train in ``folder`` from its last checkpoint, if any, to step ``until``; does nothing if that is behind it."""
-    first = last_checkpoint(folder)
+def train(folder: Path, command: Sequence[str], until: int, clock: Clock, step_cost: float = 1.0) -> None:
+    """Train in ``folder`` from its last checkpoint, if any, to step ``until``; does nothing if that is behind it.
+
+    Args:
+        folder: log, checkpoints and event files of the run; its name is shown.
+        command: the launch.
+        until: the step at which the command ends.
+        clock: is told about the work done.
+        step_cost: work of one step, in the clock's unit.
+
+    Raises:
+        RunFailedError: the command failed or ended earlier.
+    """
+    done = first = last_checkpoint(folder)
     if first >= until:
         clock.say(folder.name, f"step {until} was reached earlier")
         return
     folder.mkdir(exist_ok=True)
     log = folder / "log.txt"
     clock.say(folder.name, f"{'resuming from' if first else 'starting at'} step {first}; the full log is {log}")
-    began, counted_from = None, first
     for line in run_logged(command, log):
         if said := _OURS.match(line):
             clock.say(folder.name, said[1])
         elif step := _STEP.search(line):
-            number, total, loss = int(step[1]), int(step[2]), float(step[4])
-            if began is None:  # start-up and the first, slower, steps say nothing about the pace
-                began, counted_from = time.monotonic(), number
-                clock.say(folder.name, f"step {number:4}/{total}  loss {loss:.4f}")
-                continue
-            pace = (time.monotonic() - began) / (number - counted_from)
+            clock.finish((int(step[1]) - done) * step_cost)
+            done, seconds = int(step[1]), float(step[3]) / 1e3
             clock.say(
                 folder.name,
-                f"step {number:4}/{total}  loss {loss:.4f}  {float(step[3]):5.0f} ms/step  "
-                f"{minutes((total - number) * pace)} left of this run",
+                f"step {done:4}/{step[2]}  loss {float(step[4]):.4f}  {seconds * 1e3:5.0f} ms/step  "
+                f"left: this run {minutes((until - done) * seconds)}, all {clock.remaining(seconds, step_cost)}",
             )
         elif validation := _VALIDATION.search(line):
-            clock.say(folder.name, f"step {int(validation[1]):4}        validation loss {float(validation[2]):.4f}")
+            clock.say(folder.name, f"step {int(validation[1]):4}  validation loss {float(validation[2]):.4f}")
     if last_checkpoint(folder) < until:
         raise RunFailedError(f"{folder.name} ended before step {until}; see {log}.")
 

@@ -11,6 +11,7 @@ from typing import get_args
 
 from megatron_vwn.config import Carry, Connection, Embedding, Gate, Partition, VirtualWidthConfig, VirtualWidthError
 
+_PRESETS = ("vwn", "hyper-connections", "frac-connections")
 _FIELDS = tuple(field.name for field in fields(VirtualWidthConfig))
 
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--vwn-n", type=int, metavar="N", help="Segments of the residual stream, N >= M; it is N/M times the backbone."
+    )
+    group.add_argument(
+        "--vwn-preset",
+        metavar=f"{{{','.join(_PRESETS)}}}",
+        help="The special cases that have names of their own: hyper-connections is M = 1 (give --vwn-n), "
+        "frac-connections is N = M (give --vwn-m), vwn is any.",
     )
     _add_choice(group, "connection", Connection, "Coefficients per token (DGHC) or learned constants (GHC).")
     _add_choice(
@@ -69,13 +76,16 @@ def virtual_width_from_args(args: argparse.Namespace) -> VirtualWidthConfig | No
         VirtualWidthError: only one of m and n, another ``--vwn-*`` flag without them, or values no model can have.
     """
     given = {name: value for name in _FIELDS if (value := getattr(args, f"vwn_{name}", None)) is not None}
-    if not given:
+    preset = getattr(args, "vwn_preset", None)
+    if not given and preset is None:
         return None
+    _apply_preset(preset, given)
     missing = [name for name in ("m", "n") if name not in given]
     if missing:
+        said = [*given, *(["preset"] if preset else [])]
         raise VirtualWidthError(
-            f"{_flags(given)} {'says' if len(given) == 1 else 'say'} nothing without {_flags(missing)}: "
-            f"add {_flags(missing)}, or drop {_flags(given)} to train the ordinary model."
+            f"{_flags(said)} {'says' if len(said) == 1 else 'say'} nothing without {_flags(missing)}: "
+            f"add {_flags(missing)}, or drop {_flags(said)} to train the ordinary model."
         )
     return VirtualWidthConfig(**given)
 
@@ -100,6 +110,21 @@ def typed(name: str, value: str | int | bool) -> str:
     if isinstance(value, bool):
         return flag(name) if value else flag(name).replace("--", "--no-", 1)
     return f"{flag(name)} {value}"
+
+
+def _apply_preset(preset: str | None, given: dict[str, object]) -> None:
+    """Fill in what a preset means, in place."""
+    if preset is None:
+        return
+    if preset not in _PRESETS:
+        raise VirtualWidthError(f"--vwn-preset is {preset!r}: choose one of {', '.join(_PRESETS)}.")
+    if preset == "hyper-connections" and given.setdefault("m", 1) != 1:
+        raise VirtualWidthError(f"--vwn-preset hyper-connections means --vwn-m 1, not {given['m']}: drop --vwn-m.")
+    if preset == "frac-connections" and "m" in given and given.setdefault("n", given["m"]) != given["m"]:
+        raise VirtualWidthError(
+            f"--vwn-preset frac-connections means --vwn-n equal to --vwn-m {given['m']}, not {given['n']}: "
+            "drop --vwn-n."
+        )
 
 
 def _flags(names: Iterable[str]) -> str:

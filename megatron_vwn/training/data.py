@@ -152,18 +152,13 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 
 def _needs_batch(vp_stage: int | None) -> bool:
     """Whether a model chunk embeds tokens or computes a loss."""
-    return (
-        mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-        or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        or _predicts_several_tokens(vp_stage)
-    )
+    first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    return first or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
 
 
 def _predicts_several_tokens(vp_stage: int | None) -> bool:
-    # A HybridModel has no other pipeline layout than its pattern, which puts this on the last stage.
-    return mtp_on_this_rank(
-        layout=None, mtp_num_layers=get_args().mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-    )
+    """Whether a model chunk embeds tokens for multi-token prediction, which a HybridModel puts on its last stage."""
+    return mtp_on_this_rank(mtp_num_layers=get_args().mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
 def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:

@@ -68,7 +68,7 @@ def test_table_says_when_the_loss_was_not_reached(tmp_path):
 def run_script(tmp_path, capsys, script, until=500):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", script, str(folder)]
-    progress.train(folder, command, until, progress.Clock())
+    progress.train(folder, command, until, progress.Clock(work=1000))
     return capsys.readouterr().out
 
 
@@ -82,7 +82,8 @@ folder = pathlib.Path(sys.argv[1]) / "checkpoints"; folder.mkdir()
 
 def test_progress_shows_steps_and_validations_and_keeps_the_log(tmp_path, capsys):
     shown = run_script(tmp_path, capsys, TRAINING)
-    assert "step   20/500  loss 6.2453" in shown and "692 ms/step" in shown
+    assert "step   20/500  loss 6.2453    692 ms/step  left: this run 5:32, all 11:17" in shown
+    assert "step   30/500  loss 6.2453    692 ms/step  left: this run 5:25, all 11:11" in shown
     assert "validation loss 5.8441" in shown
     assert STEP in (tmp_path / "run" / "log.txt").read_text()
 

@@ -5,10 +5,8 @@ import gzip
 import json
 import lzma
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from megatron_vwn_tools import _documents
 from megatron_vwn_tools.prepare_data import main
 from tokenizers import Tokenizer
 
-from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.training.indexed_data import check_indexed_dataset, read_description, vocabulary_fingerprint
 
 AUSTEN = Path(__file__).parents[2] / "examples" / "quickstart" / "data" / "austen.txt.xz"
@@ -209,27 +206,6 @@ def test_overwrite_replaces_data_and_stale_indices(tokenizer_folder, tmp_path, c
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("completed", [0, 1, 2])
-def test_killed_while_replacing(completed, tokenizer_folder, tmp_path, monkeypatch):
-    # Of equal length, so that no size betrays a new .bin beside an old .idx.
-    (tmp_path / "a.txt").write_text("ab")
-    (tmp_path / "b.txt").write_text("yz")
-    assert run(tmp_path / "a.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out") == 0
-    replace, moved = os.replace, []
-
-    def replace_or_die(source, target):
-        if len(moved) == completed:
-            raise SystemExit("killed")
-        moved.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_or_die)
-    with pytest.raises(SystemExit, match="killed"):
-        run(tmp_path / "b.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--overwrite")
-    with pytest.raises(VirtualWidthError, match=r"out\.idx does not exist"):
-        check_indexed_dataset(str(tmp_path / "out"))
-
-
 def test_summary(tokenizer_folder, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text("abc\f  \n \fdef\f")
     assert run(tmp_path / "corpus.txt", "--train-tokenizer", 1000, "--output", tmp_path / "out") == 0
@@ -334,178 +310,12 @@ def test_a_full_disk_is_one_sentence(tokenizer_folder, tmp_path, monkeypatch, ca
     assert listing(tmp_path) == before
 
 
-class Unfinished:
-    """The program in a session of its own, in the middle of a corpus: its input is a pipe that stays open."""
-
-    def __init__(self, folder, tokenizer_folder):
-        self.folder = folder
-        os.mkfifo(folder / "corpus.jsonl")
-        command = [sys.executable, "-m", "megatron_vwn_tools.prepare_data", "corpus.jsonl", "--output", "out"]
-        self.process = subprocess.Popen(
-            [*command, "--tokenizer", tokenizer_folder, "--workers", "2"],
-            cwd=folder,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        # More than the batches that the program holds back for its two workers, so that some are written.
-        line = json.dumps({"text": "word " * 60_000}) + "\n"
-        self.pipe = (folder / "corpus.jsonl").open("w")
-        for _ in range(12):
-            self.pipe.write(line)
-        self.pipe.flush()
-        deadline = time.monotonic() + 300
-        while not any(path.stat().st_size for path in folder.glob(".out.*/out.bin")):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.process.stderr.read()
-            time.sleep(0.1)
-
-    def end(self, number):
-        """Signal the program, and with SIGINT the whole group; returns its exit code and its messages."""
-        if number == signal.SIGINT:
-            os.killpg(self.process.pid, number)
-        else:
-            self.process.send_signal(number)
-        code, errors = self.process.wait(300), self.process.stderr.read()
-        self.pipe.close()
-        return code, errors
-
-    def members(self):
-        """Processes of its session that are still there (zombies excluded)."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                found.append(stat.parent.name)
-        return found
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test holds the program up with a named pipe")
-def test_killed_in_the_middle(tokenizer_folder, tmp_path):
-    unfinished = Unfinished(tmp_path, tokenizer_folder)
-    unfinished.end(signal.SIGKILL)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".out.")] == ["corpus.jsonl"]
-    deadline = time.monotonic() + 60
-    while unfinished.members():
-        assert time.monotonic() < deadline, "workers outlive the program"
-        time.sleep(0.1)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test holds the program up with a named pipe")
-def test_interrupted_in_the_middle(tokenizer_folder, tmp_path):
-    unfinished = Unfinished(tmp_path, tokenizer_folder)
-    # Ctrl-C of a terminal reaches the workers as well; they must not answer.
-    code, errors = unfinished.end(signal.SIGINT)
-    assert code == 130
-    assert errors.splitlines() == ["vwn-prepare-data: interrupted; nothing was written."]
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
-    assert unfinished.members() == []
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the test holds the program up with a named pipe")
-def test_a_worker_is_killed(tokenizer_folder, tmp_path):
-    unfinished = Unfinished(tmp_path, tokenizer_folder)
-    for process in unfinished.members():
-        if "spawn_main" in Path(f"/proc/{process}/cmdline").read_text():
-            os.kill(int(process), signal.SIGKILL)
-    unfinished.pipe.close()
-    assert unfinished.process.wait(300) == 2
-    assert unfinished.process.stderr.read().startswith(
-        "vwn-prepare-data: a worker died, most likely for want of memory"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
-
-
-def test_ended_by_a_scheduler(tokenizer_folder, tmp_path, monkeypatch, capsys):
-    from megatron_vwn_tools import _encode
-
-    (tmp_path / "a.txt").write_text("text")
-    monkeypatch.setattr(_encode.Encoder, "__call__", lambda self, batch: signal.raise_signal(signal.SIGTERM))
-    before, handler = listing(tmp_path), signal.getsignal(signal.SIGTERM)
-    assert run(tmp_path / "a.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out") == 130
-    assert capsys.readouterr().err == "vwn-prepare-data: interrupted; nothing was written.\n"
-    assert listing(tmp_path) == before
-    assert signal.getsignal(signal.SIGTERM) is handler
-
-
 def test_help_does_not_import_megatron():
     code = (
         "import sys; from megatron_vwn_tools.prepare_data import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     )
     heavy = "assert not {'torch', 'megatron', 'transformers'} & {name.split('.')[0] for name in sys.modules}"
     subprocess.run([sys.executable, "-c", code + heavy], check=True, stdout=subprocess.DEVNULL)
-
-
-def damage(path, at, value):
-    content = bytearray(path.read_bytes())
-    content[at : at + len(value)] = value
-    path.write_bytes(content)
-
-
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
-# The corpus has 40 documents: header 34 bytes, lengths to 194, offsets to 514, marks to 842.
-DAMAGES = {
-    "short bin": (lambda b, i: cut(b, 500), "c.bin is cut short: it has 500 bytes"),
-    "long bin": (lambda b, i: b.write_bytes(b.read_bytes() + b"\0\0"), "c.bin is too long"),
-    "empty bin": (lambda b, i: cut(b, 0), "c.bin is cut short: it has 0 bytes"),
-    "no bin": (lambda b, i: b.unlink(), "c.bin does not exist"),
-    "no idx": (lambda b, i: i.unlink(), "c.idx does not exist"),
-    "empty idx": (lambda b, i: cut(i, 0), "c.idx is empty"),
-    "idx ends in its magic": (lambda b, i: cut(i, 5), "ends after 5 bytes, inside its header"),
-    "idx ends in its header": (lambda b, i: cut(i, 33), "ends after 33 bytes, inside its header"),
-    "idx ends in its arrays": (lambda b, i: cut(i, 700), "c.idx is cut short: it has 700 bytes"),
-    "long idx": (lambda b, i: i.write_bytes(i.read_bytes() + b"\0"), "c.idx is too long"),
-    "wrong magic": (lambda b, i: damage(i, 0, b"TNTIDX"), "no Megatron index"),
-    "version": (lambda b, i: damage(i, 9, b"\2"), "has version 2"),
-    "floats": (lambda b, i: damage(i, 17, b"\7"), "floating-point numbers"),
-    "unknown type": (lambda b, i: damage(i, 17, b"\x63"), "unknown type 99"),
-    "other type": (lambda b, i: damage(i, 17, b"\4"), "contradict their lengths"),
-    "huge count": (lambda b, i: damage(i, 18, b"\xff" * 8), "c.idx is cut short"),
-    "no marks": (lambda b, i: damage(i, 26, b"\0" * 8), "no document marks"),
-    "length": (lambda b, i: damage(i, 34, b"\1\0\0\0"), "contradict their lengths"),
-    "negative length": (lambda b, i: damage(i, 34, b"\xff" * 4), "contradict their lengths"),
-    "offset": (lambda b, i: damage(i, 194, b"\2"), "contradict their lengths"),
-    "first mark": (lambda b, i: damage(i, 514, b"\1"), "document marks do not run"),
-    "middle mark": (lambda b, i: damage(i, 522, b"\x20"), "document marks do not run"),
-    "last mark": (lambda b, i: damage(i, 834, b"\x29"), "document marks do not run"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_data_is_refused_by_name(case, corpus, tmp_path):
-    bin_, idx = tmp_path / "c.bin", tmp_path / "c.idx"
-    for path in (bin_, idx):
-        path.write_bytes((corpus / "out" / f"all{path.suffix}").read_bytes())
-    assert idx.stat().st_size == 842
-    check_indexed_dataset(str(tmp_path / "c"))
-    change, sentence = DAMAGES[case]
-    change(bin_, idx)
-    with pytest.raises(VirtualWidthError) as refusal:
-        check_indexed_dataset(str(tmp_path / "c"))
-    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-def test_a_data_set_without_tokens_is_refused(tmp_path):
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"))
-    builder.finalize(str(tmp_path / "c.idx"))
-    with pytest.raises(VirtualWidthError, match="holds no tokens"):
-        check_indexed_dataset(str(tmp_path / "c"))
-
-
-def test_a_description_that_is_none_is_refused(tmp_path):
-    assert read_description(str(tmp_path / "c")) is None
-    for content in ("", "[]", '{"tokens": 3}'):
-        (tmp_path / "c.json").write_text(content)
-        with pytest.raises(VirtualWidthError, match="does not describe"):
-            read_description(str(tmp_path / "c"))
 
 
 def test_the_example_corpus(tmp_path):

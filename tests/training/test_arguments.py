@@ -39,6 +39,18 @@ def test_each_flag_sets_its_field_and_no_other(argv, expected):
     assert config("--vwn-m", "2", "--vwn-n", "8", *argv.split()) == VirtualWidthConfig(m=2, n=8, **expected)
 
 
+@pytest.mark.parametrize(
+    ("argv", "m", "n"),
+    [
+        ("--vwn-preset hyper-connections --vwn-n 4", 1, 4),
+        ("--vwn-preset frac-connections --vwn-m 4", 4, 4),
+        ("--vwn-preset vwn --vwn-m 2 --vwn-n 3", 2, 3),
+    ],
+)
+def test_presets_name_special_cases(argv, m, n):
+    assert config(*argv.split()) == VirtualWidthConfig(m=m, n=n)
+
+
 def test_help_states_every_default():
     text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
     for name in ("connection", "gate", "carry"):
@@ -55,6 +67,12 @@ def test_help_states_every_default():
         ("--vwn-n 4", ["--vwn-n", "add --vwn-m"]),
         ("--vwn-gate sigmoid --vwn-carry full", ["--vwn-gate and --vwn-carry", "add --vwn-m and --vwn-n"]),
         ("--no-vwn-reduce-norm", ["--vwn-reduce-norm", "add --vwn-m and --vwn-n"]),
+        ("--vwn-preset vwn", ["--vwn-preset says nothing", "add --vwn-m and --vwn-n"]),
+        ("--vwn-preset hyper-connections", ["add --vwn-n"]),
+        ("--vwn-preset frac-connections --vwn-gate tanh", ["add --vwn-m and --vwn-n"]),
+        ("--vwn-preset hyper-connections --vwn-m 2 --vwn-n 4", ["--vwn-m 1, not 2", "drop --vwn-m"]),
+        ("--vwn-preset frac-connections --vwn-m 2 --vwn-n 4", ["--vwn-m 2, not 4", "drop --vwn-n"]),
+        ("--vwn-preset mhc --vwn-n 4", ["--vwn-preset is 'mhc'", "hyper-connections"]),
         ("--vwn-m 4 --vwn-n 2", ["--vwn-n 2 is smaller than --vwn-m 4"]),
         ("--vwn-m 0 --vwn-n 2", ["--vwn-m is 0"]),
         ("--vwn-m two --vwn-n 2", ["--vwn-m", "'two'"]),
