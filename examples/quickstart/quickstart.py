@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs and start over")
     fresh = parser.parse_args().fresh
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the ranks too
     if fresh:
         shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(exist_ok=True)
@@ -116,6 +118,9 @@ def main() -> int:
     except RunFailedError as failure:
         print(f"quickstart: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("quickstart: interrupted; start again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
     print(summarise(baseline, wide, preset.virtual_width, preset.tokens_per_step))
     print(f"Logs, event files and checkpoints: {baseline} and {wide}.")
     print(f"Curves: .venv/bin/tensorboard --logdir {OUT}")
