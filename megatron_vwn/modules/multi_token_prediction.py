@@ -45,7 +45,7 @@ class Fusion(PartitionedModule):
 
     def forward(self, embedding: Tensor, hidden_states: Tensor) -> Tensor:
         """Two over-width states [s, b, N * E] of this rank to one, in the dtype of hidden_states."""
-        pair_TNKE = torch.stack(
+        pair_TN2E = torch.stack(
             [
                 self.embedding_norm(self.segments(embedding)),
                 self.state_norm(self.segments(hidden_states)),
@@ -53,7 +53,7 @@ class Fusion(PartitionedModule):
             dim=2,
         )
         # A rank's channels of the input contribute to every channel of the output.
-        partial_TNE = pair_TNKE.flatten(2).to(self.weight.dtype) @ self.weight.flatten(1).T
+        partial_TNE = pair_TN2E.flatten(2).to(self.weight.dtype) @ self.weight.flatten(1).T
         out_TNE = self.partition.scatter_channels(self.partition.sum_over_channels(partial_TNE))
         return out_TNE.to(hidden_states.dtype).view(hidden_states.shape)
 

@@ -96,6 +96,10 @@ def _mtp_block_spec(layer: ModuleSpec) -> ModuleSpec:
 
 
 def _widen_layer(spec: ModuleSpec, virtual_width: VirtualWidthConfig) -> ModuleSpec:
+    if spec.module not in CONNECTED:
+        raise VirtualWidthError(
+            f"{spec.module.__name__} has no twin with a connection: use the layers of Megatron's hybrid stack."
+        )
     branches = {
         field.name: branch_only
         for field in fields(spec.submodules)

@@ -1,6 +1,6 @@
 """The stack specs of both backends, looked at without building a model."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.modules.layers import _Connected, branch_only
 from megatron_vwn.modules.norm import TorchNorm
-from megatron_vwn.modules.specs import stack_spec
+from megatron_vwn.modules.specs import stack_spec, widen
 from megatron_vwn.modules.stack import Stack, VirtualWidthStack
 
 WIDTH = VirtualWidthConfig(m=2, n=8)
@@ -53,6 +53,16 @@ def test_transformer_engine_offers_every_layer_of_the_stock_stack_and_leaves_it_
     assert wide.keys() == stock.keys()
     assert all(issubclass(wide[name].module, stock[name].module) for name in stock)
     assert all(not issubclass(layer.module, _Connected) for layer in stock.values())
+
+
+def test_a_layer_without_a_twin_is_refused():
+    class OtherLayer:
+        pass
+
+    spec = stack_spec(None, config("local"))
+    other = replace(spec.submodules, mlp_layer=ModuleSpec(module=OtherLayer))
+    with pytest.raises(VirtualWidthError, match="OtherLayer has no twin"):
+        widen(ModuleSpec(module=spec.module, params=spec.params, submodules=other), WIDTH)
 
 
 def test_a_backend_without_specs_is_refused():
