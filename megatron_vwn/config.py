@@ -30,8 +30,7 @@ class VirtualWidthConfig:
         connection: "dynamic" (DGHC: coefficients depend on the token) or "static" (GHC: A and B alone).
         gate: "tanh": A(H) = S o tanh(logits) + A; "sigmoid": A(H) = A o 2 sigmoid(S o logits).
         carry: "full": C = A_carry^T H; "identity": C = H; "doubly-stochastic": A_carry with rows and columns that sum
-        to
-            one, by Sinkhorn iterations on exp(8 I + what "full" would add to the identity).
+            to one, by Sinkhorn iterations on exp(8 I + what "full" would add to the identity).
         embedding: "wide" (table [vocab, D']), "projected" (table [vocab, D] and W_expand) or "tiled" (copies);
             None picks the paper's choice: projected above r = 2, wide up to there.
         reduce_norm: group RMS norm with groups of D before the reduction; None turns it on exactly when n is a

@@ -111,8 +111,7 @@ class VirtualWidthMTPBlock(MultiTokenPredictionBlock):
     finish_trunk: Callable[[Tensor], Tensor]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, hidden_states: Tensor, **kwargs) -> Tensor:
-        """The trunk's over-width state [s, b, N * E] to [(1 + depths) s, b, D]: the trunk's and each depth's
-        vectors."""
+        """The trunk's over-width state [s, b, N * E] to the head's inputs [(1 + depths) s, b, D]."""
         outputs = [self.finish_trunk(hidden_states)]
         if self.config.mtp_detach_heads:
             hidden_states = hidden_states.detach()

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_vwn.config import Partition, VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import Partition, VirtualWidthConfig
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,8 @@ class StreamPartition:
         return self.kind == "width"
 
     def local_segment_size(self, segment_size: int) -> int:
-        """Channels of a segment that this rank holds.
-
-        Raises:
-            VirtualWidthError: if the ranks do not divide them.
-        """
-        if not self.splits_width:
-            return segment_size
-        if segment_size % self.group.size() != 0:
-            raise VirtualWidthError(
-                f"segments of {segment_size} channels cannot be shared by {self.group.size()} tensor-parallel ranks: "
-                "choose another m, fewer ranks, or --vwn-partition replicated."
-            )
-        return segment_size // self.group.size()
+        """Channels of a segment that this rank holds; ``of`` has refused ranks that do not divide them."""
+        return segment_size // self.group.size() if self.splits_width else segment_size
 
     def mark(self, parameter: torch.nn.Parameter, channel_dim: int | None = None) -> torch.nn.Parameter:
         """Tell Megatron how a VWN parameter's gradient comes about.
