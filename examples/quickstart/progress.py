@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*per iteration \(ms\): ([\d.]+).* lm loss: ([\d.E+-]+)")
+_FURTHER_LOSS = re.compile(r"(mtp_\d+ loss): ([\d.E+-]+)")
 _VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: ([\d.E+-]+)")
 _OURS = re.compile(r"^megatron_vwn(?:\.cpu)?: (.*)")
 _TAIL = 25
@@ -102,9 +103,10 @@ def train(folder: Path, command: Sequence[str], until: int, clock: Clock, step_c
         elif step := _STEP.search(line):
             clock.finish((int(step[1]) - done) * step_cost)
             done, seconds = int(step[1]), float(step[3]) / 1e3
+            further = "".join(f"  {name} {float(loss):.4f}" for name, loss in _FURTHER_LOSS.findall(line))
             clock.say(
                 folder.name,
-                f"step {done:4}/{step[2]}  loss {float(step[4]):.4f}  {seconds * 1e3:5.0f} ms/step  "
+                f"step {done:4}/{step[2]}  loss {float(step[4]):.4f}{further}  {seconds * 1e3:5.0f} ms/step  "
                 f"left: this run {minutes((until - done) * seconds)}, all {clock.remaining(seconds, step_cost)}",
             )
         elif validation := _VALIDATION.search(line):

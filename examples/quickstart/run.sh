@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Trains a small model with and without a virtual width on Jane Austen's novels and compares them: bash run.sh [--fresh]
-# On two CPU cores about ten minutes after the installation; with a GPU it is used. Start again after an interruption.
+# Trains a small model with and without a virtual width on Jane Austen's novels and compares them:
+#   bash run.sh [--recipe dense|moe-mtp] [--fresh]
+# On two CPU cores about ten minutes after the installation, six for moe-mtp; with a GPU it is used. Start again after
+# an interruption.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/venv.sh

@@ -18,18 +18,22 @@ STEP = (
     "iteration (ms): 691.8 | learning rate: 8.000000E-04 | global batch size:     8 | lm loss: 6.245256E+00 | loss "
     "scale: 1.0 | grad norm: 1.097 | number of skipped iterations:   0 | number of nan iterations:   0 |"
 )
+STEP_WITH_MTP = STEP.replace("| loss scale", "| load_balancing_loss: 7.6E-01 | mtp_1 loss: 6.501234E+00 | loss scale")
 VALIDATION = (
     " validation loss at iteration 50 on validation set | lm loss value: 5.844118E+00 | lm loss PPL: 3.45E+02 | "
 )
 
 
-def write_run(folder, validations, seconds, sizes):
+def write_run(folder, validations, seconds, sizes, further=()):
     for wall_time, (step, loss) in enumerate(validations):
         with SummaryWriter(folder / "events", filename_suffix=f".{wall_time}") as writer:
             writer.add_scalar(report.VALIDATION_LOSS, loss, step, walltime=wall_time)
     with SummaryWriter(folder / "events", filename_suffix=".seconds") as writer:
         for step, value in enumerate(seconds):
             writer.add_scalar(report.SECONDS_PER_STEP, value, step)
+        for step, loss in enumerate(further):
+            writer.add_scalar("mtp_1 loss", loss, step)
+            writer.add_scalar("mtp_1_acceptance_rate", 50.0, step)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("20\n")
     tensors = {name: torch.zeros(size) for name, size in sizes.items()}
@@ -57,12 +61,31 @@ def test_table_states_what_event_files_and_checkpoints_say(tmp_path):
     assert rows["time per step (median)"] == ["200", "ms", "400", "ms"]
     assert rows["parameters"] == ["12", "17"]
     assert rows["of these the virtual width's"] == ["5"]
+    assert "mtp" not in table and "mean over" not in table
 
 
 def test_table_says_when_the_loss_was_not_reached(tmp_path):
     write_run(tmp_path / "one", [(20, 5.0)], [0.1], {"w": (1,)})
     write_run(tmp_path / "two", [(20, 5.1)], [0.1], {"w": (1,)})
     assert "not reached" in report.summarise(tmp_path / "one", tmp_path / "two", "wide", tokens_per_step=100)
+
+
+def test_table_has_the_mean_of_the_last_further_losses(tmp_path):
+    last = [4.0, 6.0] * (report.LAST_STEPS // 2)
+    write_run(tmp_path / "one", [(20, 5.0)], [0.1], {"w": (1,)}, [9.0, 9.0, *last])
+    write_run(tmp_path / "two", [(20, 4.0)], [0.1], {"w": (1,)}, [9.0, *(loss - 0.5 for loss in last)])
+    table = report.summarise(tmp_path / "one", tmp_path / "two", "wide", tokens_per_step=100)
+    rows = {line[:35].strip(): line[35:].split() for line in table.splitlines()}
+    assert rows["final validation loss"] == ["5.0000", "4.0000"]
+    assert rows["mtp_1 loss in training"] == ["5.0000", "4.5000"]
+    assert f"mtp_1 loss: mean over the last {report.LAST_STEPS} steps" in table
+    assert "acceptance" not in table
+
+
+def test_parameters_are_counted_without_either_optimizer_of_a_model_with_experts(tmp_path):
+    sizes = {"experts.weight": (4, 3), "chained_0.optimizer.exp_avg": (100,), "chained_1.optimizer.exp_avg": (1000,)}
+    write_run(tmp_path / "one", [(20, 5.0)], [0.1], sizes)
+    assert report.count_parameters(tmp_path / "one") == 12
 
 
 def run_script(tmp_path, capsys, script, until=500):
@@ -86,6 +109,12 @@ def test_progress_shows_steps_and_validations_and_keeps_the_log(tmp_path, capsys
     assert "step   30/500  loss 6.2453    692 ms/step  left: this run 5:25, all 11:11" in shown
     assert "validation loss 5.8441" in shown
     assert STEP in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_progress_shows_the_loss_of_a_further_token(tmp_path, capsys):
+    shown = run_script(tmp_path, capsys, TRAINING.replace(repr(STEP), repr(STEP_WITH_MTP)))
+    assert "step   20/500  loss 6.2453  mtp_1 loss 6.5012    692 ms/step" in shown
+    assert "step   30/500  loss 6.2453    692 ms/step" in shown
 
 
 def test_a_finished_run_is_skipped(tmp_path, capsys):
