@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron and of Hugging Face, one made from the other."""

@@ -1,0 +1,744 @@
+"""Virtual Width Networks (arXiv 2511.11238) for transformers. Needs torch and transformers alone: it is copied next to
+the weights. Arithmetic and parameters are those of ``megatron_vwn``, to which tests pin every line.
+
+    token -> over-width embedding -> H [n segments of E = D/m] -> ... -> reduction -> final norm -> head
+    one sublayer:   X = A_read^T H     Y = T(X)     H' = B^T Y + A_carry^T H
+
+Shape suffixes:
+    N   n, segments of the over-width state         D   hidden size, D = M * E
+    M   m, segments of one backbone vector          K   coefficients per segment: m read, (n or 0) carry, m write
+    E   channels of a segment                       T   tokens
+
+Learned A, B, S, W_expand and W_reduce are deviations from the paper's initial values: all zeros at birth. Between
+sublayers the state is [batch, sequence, N * E].
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_vwn import VWNConfig
+
+SINKHORN_KAPPA = 8.0
+SINKHORN_ITERATIONS = 20
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half precisions, else the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def backbone_norm(config: VWNConfig, size: int) -> nn.Module:
+    """torch's own norm, which is what Megatron's local backend uses: its rounding is part of the function."""
+    return (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(size, eps=config.norm_eps)
+
+
+# ------------------------------------------------------------------------------------------------ the over-width stream
+
+
+def tile(x_ME: Tensor, n: int) -> Tensor:
+    """Copy m segments to n: segment j of the result is segment j mod m."""
+    return torch.cat([x_ME] * -(-n // x_ME.shape[-2]), dim=-2)[..., :n, :]
+
+
+def average_copies(h_NE: Tensor, m: int) -> Tensor:
+    """The mean of the copies of each backbone segment: what undoes ``tile``."""
+    n = h_NE.shape[-2]
+    sums_ME = sum(F.pad(block, (0, 0, 0, m - block.shape[-2])) for block in h_NE.split(m, dim=-2))
+    copies_M = torch.tensor([len(range(i, n, m)) for i in range(m)], dtype=h_NE.dtype, device=h_NE.device)
+    return sums_ME / copies_M[:, None]
+
+
+def sinkhorn(logits_NN: Tensor) -> Tensor:
+    """exp(logits) with rows and columns scaled in turn to sum to one, columns last."""
+    a_NN = (logits_NN - logits_NN.amax((-2, -1), keepdim=True)).exp()
+    for _ in range(SINKHORN_ITERATIONS):
+        a_NN = a_NN / a_NN.sum(-1, keepdim=True)
+        a_NN = a_NN / a_NN.sum(-2, keepdim=True)
+    return a_NN
+
+
+class VWNConnection(nn.Module):
+    """What replaces the residual connection of one sublayer.
+
+        tanh:     [A_read | A_carry | B^T] = S o tanh(RMSNorm(H) W / sqrt(E)) + A        static:  A
+        sigmoid:                             A o 2 sigmoid(S o (RMSNorm(H) W / sqrt(E)))
+
+    Only deviations from the initial pattern [I_m; 0 | I_n | tiling] are multiplied, in fp32, so a bf16 stream is added
+    to and never multiplied by a rounded 1 + something.
+    """
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.m, self.n, self.gate, self.eps = config.vwn_m, config.vwn_n, config.vwn_gate, config.norm_eps
+        self.dynamic = config.vwn_connection == "dynamic"
+        self.doubly_stochastic = config.vwn_carry == "doubly-stochastic"
+        self.num_carry = 0 if config.vwn_carry == "identity" else self.n
+        self.segment_size = config.hidden_size // self.m
+        self.num_coefficients = 2 * self.m + self.num_carry
+        # Flat as in Megatron, where one-dimensional parameters do not decay.
+        self.routing = nn.Parameter(torch.zeros(self.n * self.num_coefficients))
+        if self.dynamic:
+            self.scale = nn.Parameter(torch.zeros(self.n * self.num_coefficients))
+            self.weight = nn.Parameter(torch.zeros(self.segment_size, self.num_coefficients))
+            self.norm = nn.Parameter(torch.ones(self.segment_size))
+
+    def read(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The sublayer's input X [..., D], and the deviations [..., N, K] that ``write`` wants back."""
+        # Autocast would take the products down to half precision.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            h_NE = self._segments(hidden_states)
+            deviation_NK = self._deviations(h_NE)
+            x_ME = h_NE[..., : self.m, :] + deviation_NK[..., : self.m].transpose(-1, -2) @ h_NE
+            return x_ME.to(hidden_states.dtype).flatten(-2), deviation_NK
+
+    def write(self, hidden_states: Tensor, output: Tensor, deviation_NK: Tensor) -> Tensor:
+        """H' from the state that was read and the sublayer's output [..., D]."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            h_NE = self._segments(hidden_states)
+            y_ME = output.to(h_NE.dtype).unflatten(-1, (self.m, -1))
+            _, carry_NN, write_NM = deviation_NK.split([self.m, self.num_carry, self.m], dim=-1)
+            out_NE = h_NE + tile(y_ME, self.n) + write_NM @ y_ME
+            if self.num_carry:
+                out_NE = out_NE + carry_NN.transpose(-1, -2) @ h_NE
+            return out_NE.to(hidden_states.dtype).flatten(-2)
+
+    def _segments(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.to(accumulation_dtype(hidden_states.dtype)).unflatten(-1, (self.n, self.segment_size))
+
+    def _deviations(self, h_NE: Tensor) -> Tensor:
+        deviation_NK = self.routing.to(h_NE.dtype).view(self.n, -1)
+        if self.dynamic:
+            scale_NK = 1 + self.scale.to(h_NE.dtype).view(self.n, -1)
+            rms_N1 = (h_NE.square().sum(-1, keepdim=True) / self.segment_size + self.eps).sqrt()
+            weight_EK = self.norm.to(h_NE.dtype)[:, None] * self.weight.to(h_NE.dtype)
+            logits_NK = h_NE @ weight_EK / (rms_N1 * math.sqrt(self.segment_size))
+            if self.gate == "tanh":
+                deviation_NK = scale_NK * torch.tanh(logits_NK) + deviation_NK
+            else:
+                # 2 sigmoid(z) - 1 = tanh(z / 2): the gate's deviation from one, without cancellation.
+                gate_NK = torch.tanh(0.5 * scale_NK * logits_NK)
+                deviation_NK = self._pattern(h_NE) * gate_NK + deviation_NK * (1 + gate_NK)
+        if self.doubly_stochastic:
+            read_NM, carry_NN, write_NM = deviation_NK.split([self.m, self.n, self.m], dim=-1)
+            identity_NN = torch.eye(self.n, dtype=h_NE.dtype, device=h_NE.device)
+            carry_NN = sinkhorn(SINKHORN_KAPPA * identity_NN + carry_NN) - identity_NN
+            deviation_NK = torch.cat([read_NM, carry_NN, write_NM], dim=-1)
+        return deviation_NK
+
+    def _pattern(self, like: Tensor) -> Tensor:
+        """The initial [A_read | A_carry | B^T] as [N, K]."""
+        identity_NN = torch.eye(self.n, dtype=like.dtype, device=like.device)
+        identity_MM = identity_NN[: self.m, : self.m]
+        return torch.cat([identity_NN[:, : self.m], identity_NN[:, : self.num_carry], tile(identity_MM, self.n)], -1)
+
+
+class VWNExpansion(nn.Module):
+    """H = W_expand X with W_expand = tiling + weight / sqrt(D)."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.m, self.n = config.vwn_m, config.vwn_n
+        self.weight = nn.Parameter(torch.zeros(self.n, config.hidden_size // self.m, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., N * E]."""
+        copies = tile(x.unflatten(-1, (self.m, -1)), self.n).flatten(-2)
+        return copies + x.to(self.weight.dtype) @ self.weight.flatten(0, 1).T / math.sqrt(x.shape[-1])
+
+
+class VWNGroupNorm(nn.Module):
+    """A norm over groups of D channels, of all D' where n is no multiple of m: layer norm in models that use it."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.group_size = config.hidden_size if config.vwn_n % config.vwn_m == 0 else config.over_width
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.over_width))
+        self.bias = nn.Parameter(torch.zeros(config.over_width)) if config.normalization == "LayerNorm" else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., N * E], normed, in the accumulation dtype."""
+        h = hidden_states.to(accumulation_dtype(hidden_states.dtype)).unflatten(-1, (-1, self.group_size))
+        if self.bias is not None:
+            h = h - h.mean(-1, keepdim=True)
+        normed = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight.to(h.dtype)
+        return normed if self.bias is None else normed + self.bias.to(h.dtype)
+
+
+class VWNReduction(nn.Module):
+    """X = W_reduce GroupNorm(H) with W_reduce = averaging the copies of each segment + weight / sqrt(D')."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.m, self.n = config.vwn_m, config.vwn_n
+        self.weight = nn.Parameter(torch.zeros(config.hidden_size, self.n, config.hidden_size // self.m))
+        self.norm = VWNGroupNorm(config) if config.vwn_reduce_norm else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., N * E] to [..., D] in the model's dtype."""
+        h = hidden_states if self.norm is None else self.norm(hidden_states)
+        mean = average_copies(h.unflatten(-1, (self.n, -1)), self.m).flatten(-2)
+        deviation = h.to(self.weight.dtype) @ self.weight.flatten(1).T / math.sqrt(h.shape[-1])
+        return (mean + deviation).to(self.weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ sublayers
+
+
+class VWNRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotated channels, the first partial_rotary_factor of each head."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config, None)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: VWNConfig, device=None, **kwargs) -> tuple[Tensor, float]:
+        """Inverse frequencies; transformers calls it by this name to fill the buffer after a load."""
+        dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [batch, sequence] to two tensors [batch, sequence, rotated] of x's dtype."""
+        with torch.autocast(x.device.type, enabled=False):
+            angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first channels of [batch, heads, sequence, head_dim] in two halves."""
+    cos, sin = cos[:, None], sin[:, None]
+    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = rotated.chunk(2, dim=-1)
+    return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: the interface of ALL_ATTENTION_FUNCTIONS, and the one that returns its weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class VWNAttention(nn.Module):
+    """Grouped-query attention. Serving engines rely on layer_idx, config, is_causal and on exactly one call of what
+    ALL_ATTENTION_FUNCTIONS gave, with scaling an attribute."""
+
+    def __init__(self, config: VWNConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        # Further predictions come behind the trunk's last attention and are like it.
+        self.layer_type = config.layer_types[min(layer_idx, len(config.layer_types) - 1)]
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.add_bias_linear)
+        self.q_norm = backbone_norm(config, self.head_dim) if config.qk_layernorm else nn.Identity()
+        self.k_norm = backbone_norm(config, self.head_dim) if config.qk_layernorm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[batch, sequence, D] to the same, and the attention weights where the implementation has them."""
+        shape = hidden_states.shape[:-1]
+        query = self.q_norm(self.q_proj(hidden_states).view(*shape, -1, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(*shape, -1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class VWNMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the model is not gated."""
+
+    def __init__(self, config: VWNConfig, intermediate_size: int):
+        super().__init__()
+        bias = config.add_bias_linear
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to the same."""
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
+
+
+class VWNRouter(nn.Module):
+    """Scores of all experts, and the chosen ones with their weights: Megatron's TopKRouter without its groups."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.score_function, self.pre_softmax = config.moe_router_score_function, config.moe_router_pre_softmax
+        self.scaling_factor = config.moe_router_topk_scaling_factor
+        self.dtype = ROUTER_DTYPES.get(config.moe_router_dtype)
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.expert_bias = None
+        if config.moe_router_enable_expert_bias:
+            # Moved by counting tokens, not by gradients, and fp32 in every model: small differences decide who is
+            # chosen. Megatron's is a buffer, but the loaders of serving engines look at parameters.
+            bias = torch.zeros(config.num_experts, dtype=torch.float32)
+            self.expert_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [T, experts], weights [T, k] and indices [T, k]."""
+        dtype = self.dtype or x_TD.dtype
+        logits = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if self.score_function == "softmax":
+            scores = F.softmax(logits, dim=-1, dtype=torch.float32) if self.pre_softmax else logits
+            weights, indices = scores.topk(self.top_k, dim=-1)
+            if not self.pre_softmax:
+                weights = F.softmax(weights, dim=-1, dtype=torch.float32)
+        else:
+            scores = logits.float().sigmoid() if self.score_function == "sigmoid" else F.softplus(logits.float()).sqrt()
+            # The bias balances who is chosen and has no part in the weights.
+            choice = scores if self.expert_bias is None else scores + self.expert_bias.float()
+            indices = choice.topk(self.top_k, dim=-1).indices
+            weights = scores.gather(-1, indices)
+            if self.top_k > 1:
+                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.scaling_factor:
+            weights = weights * self.scaling_factor
+        return logits, weights.to(logits.dtype), indices
+
+
+class _Experts(nn.Module):
+    """All experts in two 3D parameters, as Megatron's checkpoints and transformers' grouped kernels have them."""
+
+    up_name: str
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.num_experts, size = config.num_experts, config.moe_intermediate_size
+        up_size = 2 * size if config.gated_mlp else size
+        setattr(self, self.up_name, nn.Parameter(torch.zeros(self.num_experts, up_size, config.hidden_size)))
+        self.down_proj = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size, size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """One expert after the other; transformers replaces it by grouped kernels (experts_implementation)."""
+        output = torch.zeros_like(hidden_states)
+        up_proj = getattr(self, self.up_name)
+        for expert in range(self.num_experts):
+            token, place = (top_k_index == expert).nonzero(as_tuple=True)
+            up = F.linear(hidden_states[token], up_proj[expert])
+            y = F.linear(self._activate(up), self.down_proj[expert]) * top_k_weights[token, place, None]
+            output.index_add_(0, token, y.to(output.dtype))
+        return output
+
+
+@use_experts_implementation
+class VWNExperts(_Experts):
+    """Gated experts: gate_up_proj [experts, 2F, D], down_proj [experts, D, F]."""
+
+    up_name = "gate_up_proj"
+
+    def _activate(self, up: Tensor) -> Tensor:
+        gate, up = up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+@use_experts_implementation(has_gate=False)
+class VWNUngatedExperts(_Experts):
+    """Experts without a gate: up_proj [experts, F, D], down_proj [experts, D, F]."""
+
+    up_name = "up_proj"
+
+    def _activate(self, up: Tensor) -> Tensor:
+        return self.act_fn(up)
+
+
+class VWNMoE(nn.Module):
+    """Routed experts, and one for all tokens where the config has it."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.gate = VWNRouter(config)
+        self.experts = (VWNExperts if config.gated_mlp else VWNUngatedExperts)(config)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = VWNMLP(config, shared) if shared else None
+        self.shared_expert_gate = (
+            nn.Linear(config.hidden_size, 1, bias=False) if shared and config.shared_expert_gate else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, sequence, D] to the same."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        _, weights, indices = self.gate(x_TD)
+        output_TD = self.experts(x_TD, indices, weights)
+        if self.shared_expert is not None:
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+            output_TD = output_TD + shared_TD
+        return output_TD.view_as(x)
+
+
+class VWNLayer(GradientCheckpointingLayer):
+    """One symbol of the pattern: a connection around one sublayer and its norm.
+
+    Args:
+        config: the model's.
+        symbol: "*", "-" or "E".
+        layer_idx: which attention it is, counting only those; unused by the others.
+    """
+
+    def __init__(self, config: VWNConfig, symbol: str, layer_idx: int):
+        super().__init__()
+        self.connection = VWNConnection(config)
+        self.input_layernorm = backbone_norm(config, config.hidden_size)
+        self.layer_type = None
+        if symbol == "*":
+            self.self_attn = VWNAttention(config, layer_idx)
+            self.layer_type = self.self_attn.layer_type
+        else:
+            self.mlp = VWNMoE(config) if symbol == "E" else VWNMLP(config, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor, attention_mask: dict[str, Tensor] | None = None, **kwargs) -> Tensor:
+        """The state [batch, sequence, N * E] to the next."""
+        x, deviations = self.connection.read(hidden_states)
+        # The stream may be fp32 around a model of lower precision.
+        x = self.input_layernorm(x.to(self.input_layernorm.weight.dtype))
+        if self.layer_type is None:
+            y = self.mlp(x)
+        else:
+            y, _ = self.self_attn(x, attention_mask=(attention_mask or {}).get(self.layer_type), **kwargs)
+        return self.connection.write(hidden_states, y, deviations)
+
+
+def build_layers(config: VWNConfig, pattern: str, first_attention: int = 0) -> nn.ModuleList:
+    """The sublayers of a pattern."""
+    counts = [first_attention + pattern[:i].count("*") for i in range(len(pattern))]
+    return nn.ModuleList(VWNLayer(config, symbol, count) for symbol, count in zip(pattern, counts, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ further predictions
+
+
+class VWNFusion(nn.Module):
+    """H_j = W_e GroupNorm(embedding)_j + W_h GroupNorm(state)_j: one map [2E -> E] shared by all segments."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__()
+        self.n, segment = config.vwn_n, config.hidden_size // config.vwn_m
+        self.embedding_norm = VWNGroupNorm(config)
+        self.state_norm = VWNGroupNorm(config)
+        self.weight = nn.Parameter(torch.zeros(segment, 2, segment))
+
+    def forward(self, embedding: Tensor, hidden_states: Tensor) -> Tensor:
+        """Two states [..., N * E] to one."""
+        pair = [self.embedding_norm(embedding), self.state_norm(hidden_states)]
+        pair_N2E = torch.stack([x.unflatten(-1, (self.n, -1)) for x in pair], dim=-2).to(self.weight.dtype)
+        return (pair_N2E.flatten(-2) @ self.weight.flatten(1).T).flatten(-2).to(hidden_states.dtype)
+
+
+class VWNMultiTokenPrediction(nn.Module):
+    """One prediction depth: fusion, sublayers, and a reduction and norm of its own before the shared head."""
+
+    def __init__(self, config: VWNConfig, first_attention: int):
+        super().__init__()
+        self.expansion = VWNExpansion(config) if config.vwn_embedding == "projected" else None
+        self.fusion = VWNFusion(config)
+        self.layers = build_layers(config, config.mtp_hybrid_pattern, first_attention)
+        self.reduction = VWNReduction(config)
+        self.norm = backbone_norm(config, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, embedding: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """The state of the depth before and the over-width embedding of the token ahead to the next state and the
+        head's input."""
+        hidden_states = self.fusion(embedding, hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states, self.norm(self.reduction(hidden_states))
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+class VWNPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know."""
+
+    config: VWNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VWNLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(VWNRouter, index=0),
+        "hidden_states": VWNLayer,
+        "attentions": VWNAttention,
+    }
+    # With num_mtp_layers = 0 the further predictions of a checkpoint are left in it.
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?mtp\."]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, VWNConnection):
+            for name, parameter in module.named_parameters(recurse=False):
+                (init.ones_ if name == "norm" else init.zeros_)(parameter)
+        elif isinstance(module, (VWNExpansion, VWNReduction)):
+            init.zeros_(module.weight)
+        elif isinstance(module, VWNGroupNorm):
+            init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (VWNFusion, _Experts)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, VWNRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
+
+
+class VWNModel(VWNPreTrainedModel):
+    """The decoder, from token ids to the head's input [batch, sequence, hidden_size]."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__(config)
+        table_width = config.over_width if config.vwn_embedding == "wide" else config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, table_width, config.pad_token_id)
+        learned = config.position_embedding_type == "learned_absolute"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, table_width) if learned else None
+        self.embed_expansion = VWNExpansion(config) if config.vwn_embedding == "projected" else None
+        self.layers = build_layers(config, config.hybrid_pattern)
+        self.reduction = VWNReduction(config)
+        self.norm = backbone_norm(config, config.hidden_size)
+        self.rotary_emb = VWNRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        attentions = (config.hybrid_pattern.count("*"), config.mtp_hybrid_pattern.count("*"))
+        self.mtp = nn.ModuleList(
+            VWNMultiTokenPrediction(config, attentions[0] + depth * attentions[1])
+            for depth in range(config.num_mtp_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def over_width_embedding(
+        self, inputs_embeds: Tensor, position_ids: Tensor, expansion: VWNExpansion | None = None
+    ) -> Tensor:
+        """Rows of the table to a state [batch, sequence, N * E]: the trunk's, or that of tokens ahead."""
+        if self.embed_positions is not None:
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        if self.config.fp32_residual_connection:
+            inputs_embeds = inputs_embeds.float()
+        if self.config.vwn_embedding == "wide":
+            return inputs_embeds
+        if expansion is not None:
+            return expansion(inputs_embeds)
+        return tile(inputs_embeds.unflatten(-1, (self.config.vwn_m, -1)), self.config.vwn_n).flatten(-2)
+
+    def run_layers(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[Tensor, dict]:
+        """All sublayers of the trunk: the last over-width state, and the arguments that every sublayer got."""
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        if not isinstance(attention_mask, dict):  # generate() makes the masks itself for a static cache
+            arguments = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            attention_mask = {kind: MASKS[kind](**arguments) for kind in sorted(set(self.config.layer_types))}
+        layer_arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "position_embeddings": None,
+            **kwargs,
+        }
+        if self.rotary_emb is not None:
+            layer_arguments["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids)
+        # The place of whatever is added to the trunk's input alone, such as embeddings of n-grams.
+        hidden_states = self.over_width_embedding(inputs_embeds, position_ids, self.embed_expansion)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **layer_arguments)
+        return hidden_states, layer_arguments
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """As every decoder of transformers; inputs_embeds are rows of embed_tokens, before their expansion."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states, _ = self.run_layers(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(self.reduction(hidden_states)), past_key_values=past_key_values
+        )
+
+
+class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
+    """The decoder with its head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: VWNConfig):
+        super().__init__(config)
+        self.model = VWNModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits of the next token and, with labels, their loss; load balancing and further predictions are not in
+        it."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def mtp_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """Logits of each further prediction: entry k at position t is about token t + k + 2.
+
+        The last k + 1 positions have no token ahead to be told and are meaningless, as in Megatron.
+        """
+        model = self.model
+        hidden_states, arguments = model.run_layers(model.embed_tokens(input_ids), attention_mask, None, None)
+        position_ids = arguments["position_ids"]
+        logits = []
+        for mtp in model.mtp:
+            input_ids, position_ids = F.pad(input_ids[:, 1:], (0, 1)), F.pad(position_ids[:, 1:], (0, 1))
+            ahead = model.over_width_embedding(model.embed_tokens(input_ids), position_ids, mtp.expansion)
+            hidden_states, prediction = mtp(hidden_states, ahead, **arguments)
+            logits.append(self.lm_head(prediction))
+        return logits
+
+
+__all__ = ["VWNForCausalLM", "VWNModel", "VWNPreTrainedModel"]

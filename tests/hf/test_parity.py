@@ -1,0 +1,122 @@
+"""Whole models against Megatron's: the tensors of its checkpoint, mapped, give its logits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf.cases import HALF, MODELS
+
+from megatron_vwn.checkpoint import mapping
+from megatron_vwn.hf import VWNConfig, VWNForCausalLM
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-5  # fp32: the same operations, some in another order
+BF16_TOLERANCE = 2e-2  # 2^-9 per operation, not all of them alike
+NEAR_TIES = 2  # of 48 tokens, whose choice of experts differs after rounding; either way is as far from fp32
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "megatron.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    run = subprocess.run(
+        [*command, HERE / "session.py", path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-6000:]
+    return torch.load(path)
+
+
+def mapped(parameters, config):
+    return {name: part for key, tensor in parameters.items() for name, part in mapping.to_hf(key, tensor, config)}
+
+
+def model_of(parameters, config, dtype=torch.float32):
+    """The model with exactly these tensors: none missing, none left over, every shape as it is."""
+    state = mapped(parameters, config)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    expected = {name: tensor.shape for name, tensor in VWNForCausalLM(config).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in state.items()} == expected
+    return VWNForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits(name, megatron):
+    expected = megatron["results"][name]
+    model = model_of(expected["parameters"], VWNConfig(**MODELS[name]))
+    errors = [error(model(megatron["tokens"]).logits, expected["logits"])]
+    further = model.mtp_logits(megatron["tokens"])
+    errors += [error(a, e) for a, e in zip(further, expected["further"], strict=True)]
+    assert max(errors) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", HALF)
+@torch.no_grad()
+def test_bf16(name, megatron):
+    expected = megatron["results"][f"{name}, bf16"]
+    model = model_of(expected["parameters"], VWNConfig(**MODELS[name]), torch.bfloat16)
+    actual = [model(megatron["tokens"]).logits, *model.mtp_logits(megatron["tokens"])]
+    assert all(logits.dtype == torch.bfloat16 for logits in actual)
+    stream = model(megatron["tokens"], output_hidden_states=True).hidden_states[0]
+    assert stream.dtype == (torch.float32 if model.config.fp32_residual_connection else torch.bfloat16)
+    errors = []
+    for a, e in zip(actual, [expected["logits"], *expected["further"]], strict=True):
+        a, e = a.float().flatten(0, 1), e.flatten(0, 1)
+        worst = ((a - e).norm(dim=-1) / e.norm(dim=-1)).argsort()
+        kept = worst[:-NEAR_TIES] if model.config.num_experts else worst
+        errors.append(error(a[kept], e[kept]))
+    assert max(errors) <= BF16_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mapping_and_back(name, megatron):
+    config = VWNConfig(**MODELS[name])
+    parameters = megatron["results"][name]["parameters"]
+    state = mapped(parameters, config)
+    assert {mapping.megatron_key(key, config) for key in state} == parameters.keys()
+    for key, tensor in parameters.items():
+        assert torch.equal(mapping.from_hf(key, state.__getitem__, config), tensor), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_of_transformer_engine(name, megatron):
+    """Pre-norms sit in the linear layers; everything else is called the same."""
+    config = VWNConfig(**MODELS[name])
+    for hf_key in mapped(megatron["results"][name]["parameters"], config):
+        local = mapping.megatron_key(hf_key, config)
+        te = mapping.megatron_key(hf_key, config, transformer_engine=True)
+        assert hf_key in mapping.hf_keys(te, config)
+        is_norm = "input_layernorm." in hf_key and ".mlp.router." not in local
+        index = int(local.split(".layers.")[-1].split(".")[0]) if is_norm else None
+        pattern = config.mtp_hybrid_pattern if local.startswith("mtp.") else config.hybrid_pattern
+        moved = is_norm and pattern[index] != "E"
+        assert ("layer_norm_" in te) == moved and (te == local) != moved, (local, te)
+
+
+def test_keys_that_are_none():
+    config = VWNConfig(**MODELS["dense, MTP twice"])
+    assert list(mapping.to_hf("decoder.layers.0.self_attention.linear_qkv._extra_state", torch.empty(0), config)) == []
+    for key in ("decoder.layers.6.connection.norm", "decoder.layers.0.mixer.A_log", "embedding.ngram.weight"):
+        with pytest.raises(KeyError):
+            list(mapping.to_hf(key, torch.empty(0), config))
+    for key in ("model.layers.6.connection.norm", "model.layers.0.mlp.experts.up_proj", "model.rotary.inv_freq"):
+        with pytest.raises(KeyError):
+            mapping.megatron_key(key, config)
+
+
+def test_padded_vocabulary_is_dropped():
+    config = VWNConfig(**MODELS["dense, MTP twice"])
+    padded = torch.randn(128, 32)
+    ((key, table),) = mapping.to_hf("embedding.word_embeddings.weight", padded, config)
+    assert key == "model.embed_tokens.weight" and torch.equal(table, padded[:96])
