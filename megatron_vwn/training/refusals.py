@@ -8,18 +8,21 @@ stays Megatron's; rows repeat one of its assertions only where the virtual width
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.hybrid.hybrid_layer_allocation import (
     Symbols,
     get_hybrid_total_layer_count,
     get_hybrid_total_pipeline_segment_count,
 )
+from megatron.core.transformer.enums import AttnBackend
+from megatron.training.arguments import add_megatron_arguments
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.layer_rules import LAYER_RULES, pattern_of
 
 Args = argparse.Namespace
-_LOCAL_SYMBOLS = {Symbols.ATTENTION, Symbols.MLP, Symbols.MOE, Symbols.PIPE, Symbols.MTP_SEPARATOR}
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,14 @@ def _flag(name: str, sentence: str) -> Refusal:
     return Refusal(lambda args: getattr(args, name, None), f"{flag} {sentence}")
 
 
-def _pattern(args: Args) -> str:
-    return args.hybrid_layer_pattern or args.hybrid_override_pattern or ""
-
-
 def _depths(args: Args) -> int:
     """Further predictions in the pattern."""
-    return _pattern(args).count(Symbols.MTP_SEPARATOR)
+    return pattern_of(args).count(Symbols.MTP_SEPARATOR)
 
 
 def _interleaved_without_overlap(args: Args) -> bool:
     stages = args.pipeline_model_parallel_size
-    return not args.overlap_p2p_comm and stages == 2 < get_hybrid_total_pipeline_segment_count(_pattern(args))
+    return not args.overlap_p2p_comm and stages == 2 < get_hybrid_total_pipeline_segment_count(pattern_of(args))
 
 
 # For every run, the ordinary model included.
@@ -57,37 +56,18 @@ _ALWAYS = (
         "--use-checkpoint-args takes them from a checkpoint: add --load.",
     ),
     Refusal(
-        lambda args: not _pattern(args),
+        lambda args: not pattern_of(args),
         "--hybrid-layer-pattern is missing: give one symbol per sublayer, such as '*-*-' for twice attention and MLP.",
     ),
     Refusal(
-        lambda args: args.num_layers not in (None, get_hybrid_total_layer_count(_pattern(args))),
+        lambda args: args.num_layers not in (None, get_hybrid_total_layer_count(pattern_of(args))),
         "--num-layers contradicts the number of sublayers in --hybrid-layer-pattern: drop --num-layers.",
     ),
     Refusal(
         lambda args: args.transformer_impl == "inference_optimized",
         "--transformer-impl inference_optimized cannot be trained: choose transformer_engine or local.",
     ),
-    # Megatron's local layers would take an identity in place of every other kind of sublayer, without a word.
-    Refusal(
-        lambda args: args.transformer_impl == "local" and set(_pattern(args)) - _LOCAL_SYMBOLS,
-        "--transformer-impl local has only the sublayers * (attention), - (MLP) and E (experts): change "
-        "--hybrid-layer-pattern or install Transformer Engine.",
-    ),
-    Refusal(
-        lambda args: args.transformer_impl == "local" and args.multi_latent_attention,
-        "--multi-latent-attention needs Transformer Engine, which --transformer-impl local does not use: drop either.",
-    ),
-    Refusal(
-        lambda args: args.transformer_impl == "local" and Symbols.MOE in _pattern(args) and args.add_bias_linear,
-        "--transformer-impl local cannot train experts with biases: add --disable-bias-linear.",
-    ),
-    Refusal(
-        lambda args: (
-            Symbols.MOE in _pattern(args) and args.tensor_model_parallel_size > 1 and not args.sequence_parallel
-        ),
-        "experts under tensor parallelism need --sequence-parallel: add it.",
-    ),
+    *(Refusal(applies, sentence) for applies, sentence in LAYER_RULES),
     Refusal(
         lambda args: (args.mtp_num_layers or args.mtp_hybrid_override_pattern) and not _depths(args),
         "further predictions of a HybridModel are written into --hybrid-layer-pattern, such as '*-*-/*-' for one: drop "
@@ -102,13 +82,38 @@ _ALWAYS = (
         "--untie-embeddings-and-output-weights.",
     ),
     Refusal(
+        lambda args: args.num_experts and Symbols.MOE not in pattern_of(args),
+        "--num-experts finds no sublayer E in --hybrid-layer-pattern: write one or drop it.",
+    ),
+    Refusal(
+        lambda args: Symbols.MOE in pattern_of(args) and not args.num_experts,
+        "the sublayer E (experts) needs --num-experts: add it.",
+    ),
+    # A HybridModel would be without positions, and without a word about it.
+    Refusal(
+        lambda args: args.position_embedding_type in ("relative", "mrope"),
+        "--position-embedding-type relative and mrope are unknown to a HybridModel: choose rope, yarn, "
+        "learned_absolute or none.",
+    ),
+    Refusal(
+        lambda args: args.reset_position_ids and args.position_embedding_type != "learned_absolute",
+        "--reset-position-ids changes nothing but learned positions: drop it, or give --position-embedding-type "
+        "learned_absolute.",
+    ),
+    Refusal(
+        lambda args: args.attention_backend == AttnBackend.local,
+        "--attention-backend local is chosen by --transformer-impl local: give that.",
+    ),
+    Refusal(
+        lambda args: (
+            args.transformer_impl == "local" and args.attention_backend in (AttnBackend.flash, AttnBackend.fused)
+        ),
+        "--attention-backend flash and fused need Transformer Engine, which --transformer-impl local does not use: "
+        "drop it.",
+    ),
+    Refusal(
         lambda args: not args.eval_interval,
         "--eval-interval is missing, by which Megatron plans validation: give it, with --eval-iters 0 for none.",
-    ),
-    # Megatron asks Transformer Engine whether fp8 is on wherever it recomputes a module without keeping its output.
-    Refusal(
-        lambda args: not HAVE_TE and {"layernorm", "moe_act"} & set(args.recompute_modules or ()),
-        "--recompute-modules layernorm and moe_act need Transformer Engine: leave them out.",
     ),
     # Megatron's batched send and receive between the same two ranks is silently wrong here.
     Refusal(
@@ -131,7 +136,6 @@ _WEIGHT_SHARDS = "shards weights in ways that the virtual width does not know: d
 # With --vwn-m and --vwn-n.
 _WITH_VIRTUAL_WIDTH = (
     _flag("spec", "names other layers than the virtual width has: drop it."),
-    _flag("multi_latent_attention", "is derived from the symbol + in --hybrid-layer-pattern: drop it."),
     _flag("apply_residual_connection_post_layernorm", _NO_RESIDUAL),
     _flag("fused_residual_rmsnorm", _NO_RESIDUAL),
     _flag("use_transformer_engine_op_fuser", _UNTESTED),
@@ -153,6 +157,12 @@ _WITH_VIRTUAL_WIDTH = (
     _flag("fine_grained_activation_offloading", _OFFLOAD),
     _flag("cpu_offloading_num_layers", _OFFLOAD),
     _flag("moe_paged_stash", _OFFLOAD),
+    # Megatron detaches the embedding behind the layer's own W_expand, which would stay as it was drawn.
+    Refusal(
+        lambda args: args.mtp_detach_heads and args.vwn_embedding == "projected",
+        "--mtp-detach-heads would never train the embedding's expansion of further predictions: choose --vwn-embedding "
+        "wide or tiled, or drop it.",
+    ),
     _flag("use_mup", "scales learning rates by width and has no rule for a virtual width: drop it."),
     Refusal(
         lambda args: args.optimizer not in ("adam", "sgd"),
@@ -169,6 +179,92 @@ _WITH_VIRTUAL_WIDTH = (
     _flag("ckpt_convert_format", "is not supported with a virtual width, which has only torch_dist: drop it."),
     _flag("moe_use_upcycling", _UNTESTED),
 )
+
+# Megatron's parser knows the flags of all its programs and models. Given here, each of these would be ignored, or fail
+# deep inside. What is said, and patterns of names in the parsed arguments that must keep their defaults.
+_Patterns = dict[str, tuple[str, ...]]
+# fmt: off
+_WITHOUT_EFFECT: _Patterns = {
+    "belongs to reinforcement learning, which this entry point does not do: drop it.": (
+        "rl_*", "grpo_*", "langrl_env_config", "refit_method", "moe_enable_routing_replay",
+    ),
+    "belongs to inference, which this entry point does not do: drop it.": (
+        "inference_*", "mamba_inference_*", "flash_decode", "nccl_all_reduce_for_prefill", "mlp_chunks_for_prefill",
+        "cache_mla_latents", "moe_pad_experts_for_cuda_graph_inference", "max_tokens_to_oom", "decode_only_cuda_graphs",
+        "use_legacy_static_engine", "enable_chunked_prefill", "num_speculative_tokens",
+        "offset_sampling_seed_by_dp_rank",
+    ),
+    "belongs to vision models: drop it.": (
+        "num_classes", "img_h", "img_w", "num_channels", "patch_dim", "classes_fraction", "data_per_class_fraction",
+        "head_lr_mult", "vision_*", "swin_*", "mask_type", "mask_factor", "iter_per_epoch", "dino_*", "mrope_section",
+    ),
+    "belongs to BERT, T5 or retrieval models: drop it.": (
+        "bert_*", "output_bert_embeddings", "mask_prob", "short_seq_prob", "sample_rate", "decoder_num_layers",
+        "decoder_seq_length", "vocab_extra_ids", "relative_attention_*", "ict_*", "biencoder_*", "titles_data_path",
+        "query_in_block_prob", "use_one_sent_docs", "evidence_data_path", "retriever_*", "block_data_path",
+        "embedding_path", "indexer_*",
+    ),
+    "wants data that this entry point does not build: drop it.": ("fim_*", "sft", "sft_*"),
+    "distils from stored logits, which this entry point does not do: drop it.": ("logits_load_*",),
+    "is not supported by this entry point: use torchrun --max-restarts.": ("inprocess_*",),
+    "is read by other models than a HybridModel: drop it.": (
+        "use_rope_scaling", "rope_scaling_factor", "qk_l2_norm", "experimental_attention_variant",
+        "linear_attention_freq", "moe_layer_freq", "use_grouped_gemm_for_dense_mlp", "defer_embedding_wgrad_compute",
+        "wgrad_deferral_limit", "mtp_standalone",
+    ),
+    "is read by nothing in Megatron 0.19: drop it.": ("use_flash_attn", "onnx_safe"),
+    "fails inside Megatron 0.19: drop it.": ("init_method_xavier_uniform", "config_logger_dir", "lazy_mpu_init"),
+}
+_OF_TRANSFORMER_ENGINE: _Patterns = {
+    "needs Transformer Engine, which --transformer-impl local does not use: drop it.": (
+        "fp8", "fp8_*", "fp4", "fp4_*", "first_last_layers_bf16", "num_layers_at_start_in_bf16",
+        "num_layers_at_end_in_bf16", "reuse_grad_buf_for_mxfp8_param_ag", "te_precision_config_file", "tp_comm_*",
+        "layernorm_zero_centered_gamma", "use_te_activation_func", "flash_attention_version", "symmetric_ar_type",
+        "batch_invariant_mode", "use_kitchen_attention", "kitchen_attention_backend", "moe_latent_size",
+        "moe_grouped_gemm", "moe_single_grouped_*", "use_grouped_gemm_for_shared_expert", "save_activations_interval",
+        "save_dgrads_interval", "save_tokens_per_expert_interval",
+    ),
+}
+# How something would be done that a virtual width has not.
+_OF_REFUSED_FLAGS: _Patterns = {
+    "belongs to CUDA graphs, which a virtual width does not support: drop it.": (
+        "cuda_graph_modules", "cuda_graph_scope_deprecated", "cuda_graph_warmup_steps",
+    ),
+    "belongs to FSDP, which a virtual width does not support: drop it.": (
+        "megatron_fsdp_*", "fsdp_*", "torch_fsdp2_*", "data_parallel_sharding_strategy", "outer_dp_sharding_strategy",
+        "keep_fp8_transpose_cache", "enable_full_sharding_in_hsdp", "suggested_communication_unit_size",
+        "create_all_gather_group", "strict_fsdp_dtensor_load",
+    ),
+    "belongs to activation offloading, which a virtual width does not support: drop it.": (
+        "cpu_offloading_retain_pinned_cpu_buffers", "offload_modules", "min_offloaded_tensor_size",
+        "delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks", "activation_offload_fraction",
+        "fine_grained_offloading_*", "moe_paged_stash_*",
+    ),
+    "belongs to another optimizer than adam and sgd: drop it.": ("muon_*", "lion_*"),
+    "belongs to --use-mup, which a virtual width does not support: drop it.": ("mup_*",),
+    "belongs to local checkpoints, which a virtual width does not support: drop it.": (
+        "non_persistent_local_*", "replication", "replication_*",
+    ),
+    "belongs to a flag that a virtual width does not support: drop it.": (
+        "ep_overlap_early_attn_memory_release", "moe_upcycling_granularity", "ckpt_convert_*",
+    ),
+}
+# fmt: on
+_SPELLED_DIFFERENTLY = {
+    "offset_sampling_seed_by_dp_rank": "use_same_sampling_seed_across_dp_ranks",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+    "bert_binary_head": "bert_no_binary_head",
+    "cuda_graph_scope_deprecated": "cuda_graph_scope",
+    "strict_fsdp_dtensor_load": "no_strict_fsdp_dtensor_load",
+    "torch_fsdp2_reshard_after_forward": "torch_fsdp2_no_reshard_after_forward",
+    "muon_split_qkv": "muon_no_split_qkv",
+    "fp8": "fp8_format",
+    "fp4": "fp4_format",
+    "fp8_wgrad": "no_fp8_wgrad",
+    "inference_dynamic_batching_enable_prefix_caching": "inference_dynamic_batching_prefix_caching",
+    **{name: f"no_{name}" for name in ("tp_comm_bulk_wgrad", "tp_comm_bulk_dgrad", "tp_comm_overlap_ag")},
+    **{name: f"no_{name}" for name in ("tp_comm_overlap_rs", "tp_comm_split_ag", "tp_comm_split_rs")},
+}
 
 
 def refuse_yaml(argv: Sequence[str]) -> None:
@@ -192,6 +288,11 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
     for rule in _ALWAYS if virtual_width is None else _ALWAYS + _WITH_VIRTUAL_WIDTH:
         if rule.applies(args):
             raise VirtualWidthError(rule.sentence)
+    _refuse_changed(args, _WITHOUT_EFFECT)
+    if args.transformer_impl == "local":
+        _refuse_changed(args, _OF_TRANSFORMER_ENGINE)
+    if virtual_width is not None:
+        _refuse_changed(args, _OF_REFUSED_FLAGS)
     if virtual_width is None or args.hidden_size is None:  # a missing --hidden-size is Megatron's to refuse
         return
     virtual_width.check_model(
@@ -202,3 +303,18 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         tensor_parallel_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
+
+
+def _refuse_changed(args: Args, table: _Patterns) -> None:
+    """Refuse the first argument of the table's patterns that has not its default."""
+    defaults = _defaults()
+    for reason, patterns in table.items():
+        for name, value in vars(args).items():
+            if name in defaults and value != defaults[name] and any(fnmatchcase(name, each) for each in patterns):
+                raise VirtualWidthError(f"--{_SPELLED_DIFFERENTLY.get(name, name).replace('_', '-')} {reason}")
+
+
+@cache
+def _defaults() -> dict[str, object]:
+    """What Megatron's parser gives to arguments that are not typed."""
+    return vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([]))

@@ -36,6 +36,27 @@ def test_attention_under_context_parallelism_equals_one_gpu():
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [package for package in packages if find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "attention",
+        "sliding window",
+        "latent attention",
+        pytest.param("Mamba", marks=needs("mamba_ssm", "causal_conv1d")),
+        pytest.param("gated delta net", marks=needs("fla")),
+    ],
+)
+@needs_transformer_engine
+def test_a_fresh_virtual_width_computes_the_baseline(family):
+    run = torchrun(1, TESTS / "gpu" / "session_families.py", family)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+
+
 FLAGS = """
     --hybrid-layer-pattern *-*- --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512
     --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm

@@ -1,0 +1,50 @@
+"""The entry point trains other kinds of attention: flags that Megatron reads, in layouts that cut the model."""
+
+import os
+import subprocess
+import sys
+
+from torch.distributed.checkpoint import FileSystemReader
+
+FLAGS = """
+    --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 32 --max-position-embeddings 32
+    --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
+    --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --train-iters 3
+    --eval-iters 0 --eval-interval 100 --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1
+    --save-interval 3 --ckpt-format torch_dist --vwn-m 2 --vwn-n 6
+"""
+LATENT = """
+    --hybrid-layer-pattern +-+- --multi-latent-attention --q-lora-rank 16 --kv-lora-rank 12 --qk-head-dim 8
+    --qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm --tensor-model-parallel-size 2 --sequence-parallel
+"""
+GROUPED = "--hybrid-layer-pattern *-|*- --pipeline-model-parallel-size 2 --group-query-attention --num-query-groups 2"
+
+
+def train(flags, folder):
+    """Losses of three steps on two ranks, and the shapes of the tensors in the checkpoint after them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *flags.split(), "--save", folder],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    losses = [float(line.split("lm loss:")[1].split("|")[0]) for line in done.stdout.splitlines() if "lm loss:" in line]
+    assert len(losses) == 3 and losses[2] < losses[0], losses
+    entries = FileSystemReader(folder / "iter_0000003").read_metadata().state_dict_metadata
+    return losses, {name: tuple(getattr(entry, "size", ())) for name, entry in entries.items()}
+
+
+def test_latent_attention_in_tensor_and_sequence_parallel(tmp_path):
+    _, shapes = train(LATENT, tmp_path)
+    for layer in ("decoder.layers.0", "decoder.layers.2"):
+        assert shapes[f"{layer}.self_attention.linear_kv_down_proj.weight"] == (12 + 4, 64)
+        assert shapes[f"{layer}.self_attention.linear_kv_up_proj.weight"] == (4 * (8 + 6), 12)
+
+
+def test_grouped_queries_and_a_window_in_two_stages(tmp_path):
+    everything, shapes = train(GROUPED, tmp_path / "everything")
+    window, _ = train(f"{GROUPED} --window-size 4,0", tmp_path / "window")
+    assert shapes["decoder.layers.2.self_attention.linear_qkv.weight"] == ((4 + 2 * 2) * 16, 64)
+    assert window[0] != everything[0]
