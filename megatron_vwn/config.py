@@ -37,6 +37,10 @@ class VirtualWidthConfig:
             multiple of m and n > 2m.
         partition: how tensor-parallel ranks split the stream; None picks "sequence" with sequence parallelism and
             "width" without.
+        ngrams: lengths of the n-grams of tokens whose hashed embeddings are added to the over-width embedding.
+        ngram_vocab: rows of the table of each length; given exactly when ``ngrams`` is.
+        document_end: the token id that ends a document, which no n-gram crosses; the training entry point takes it
+            from the tokenizer.
 
     Raises:
         VirtualWidthError: for values that no model can have.
@@ -50,6 +54,9 @@ class VirtualWidthConfig:
     embedding: Embedding | None = None
     reduce_norm: bool | None = None
     partition: Partition | None = None
+    ngrams: tuple[int, ...] = ()
+    ngram_vocab: int | None = None
+    document_end: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("m", "n"):
@@ -75,6 +82,15 @@ class VirtualWidthConfig:
             raise VirtualWidthError(
                 f"--vwn-reduce-norm normalises groups of m = {self.m} segments, but n = {self.n} is no multiple of m, "
                 "so the last group would be short: pass --no-vwn-reduce-norm or choose n as a multiple of m."
+            )
+        if any(length < 2 for length in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
+            raise VirtualWidthError(
+                f"--vwn-ngrams is {','.join(map(str, self.ngrams))}: give different lengths of at least 2, such as 2,3."
+            )
+        if bool(self.ngrams) != (self.ngram_vocab is not None) or (self.ngrams and self.ngram_vocab < 1):
+            raise VirtualWidthError(
+                "--vwn-ngrams and --vwn-ngram-vocab belong together: give lengths such as 2,3 and the rows of each "
+                "length's table, or neither."
             )
         if self.embedding is None:
             object.__setattr__(self, "embedding", "projected" if self.n > 2 * self.m else "wide")
@@ -146,6 +162,12 @@ class VirtualWidthConfig:
             raise VirtualWidthError(
                 f"--vwn-partition {partition} keeps every token on every tensor-parallel rank, which "
                 "--sequence-parallel contradicts: drop --sequence-parallel or choose --vwn-partition sequence."
+            )
+        rows = len(self.ngrams) * (self.ngram_vocab or 0)
+        if rows % tensor_parallel_size != 0:
+            raise VirtualWidthError(
+                f"the {rows} rows of --vwn-ngrams times --vwn-ngram-vocab are not divisible by {tensor_parallel_size} "
+                "tensor-parallel ranks: choose --vwn-ngram-vocab as a multiple of them."
             )
         segment = self.segment_size(hidden_size)
         if partition == "width" and segment % tensor_parallel_size != 0:

@@ -56,10 +56,11 @@ def test_the_backbone_must_be_divisible_and_its_head_untied():
         ("width", True, 2, "drop --sequence-parallel"),
         ("replicated", True, 2, "drop --sequence-parallel"),
         ("width", False, 16, "16 tensor-parallel ranks"),
+        ("replicated", False, 3, "multiple of them"),
     ],
 )
 def test_partition_of_a_layout(partition, sequence_parallel, tensor_parallel_size, outcome):
-    width = VirtualWidthConfig(m=4, n=8, partition=partition)
+    width = VirtualWidthConfig(m=4, n=8, partition=partition, ngrams=(2, 3), ngram_vocab=32)
     layout = {"tensor_parallel_size": tensor_parallel_size, "sequence_parallel": sequence_parallel}
     if outcome in ("sequence", "width", "replicated"):
         width.check_parallel(hidden_size=32, **layout)

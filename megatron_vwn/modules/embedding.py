@@ -5,11 +5,13 @@ import math
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.ngram_embedding import NGramEmbedding
 from megatron_vwn.modules.partitioned import PartitionedModule
 from megatron_vwn.parallel.partition import StreamPartition
 
@@ -43,6 +45,8 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         projected   a table [vocab, D], then W_expand
         tiled       a table [vocab, D], copied: segment j is segment j mod m of the token's vector
 
+    to which hashed n-gram embeddings are added where ``virtual_width.ngrams`` asks for them.
+
     Dropout comes before tiling. The wide table is split by vocabulary like any other; under the width partition the
     summed vector is then cut to this rank's channels, so the checkpoint's layout is the same for every partition.
 
@@ -50,8 +54,9 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         config: the backbone's config.
         virtual_width: the stream.
         pg_collection: process groups; ``tp`` is used.
-        with_expansion: whether a projected embedding has its own W_expand; a stage that only predicts further tokens
-            brings others.
+        first_stage: whether this is the trunk's input. A stage that only predicts further tokens has a copy of the
+            word embedding, brings its own W_expand, and leaves n-grams to the trunk: their tables would be the only
+            other parameters to keep equal on two stages.
         kwargs: those of LanguageModelEmbedding.
     """
 
@@ -61,7 +66,7 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         *args,
         virtual_width: VirtualWidthConfig,
         pg_collection: ProcessGroupCollection,
-        with_expansion: bool = True,
+        first_stage: bool = True,
         **kwargs,
     ):
         table_config = config
@@ -73,20 +78,45 @@ class OverWidthEmbedding(LanguageModelEmbedding):
         self.virtual_width = virtual_width
         self.partition = StreamPartition.of(config, virtual_width, pg_collection.tp)
         self.expansion = None
-        if virtual_width.embedding == "projected" and with_expansion:
+        if virtual_width.embedding == "projected" and first_stage:
             self.expansion = Expansion(config, virtual_width, pg_collection)
+        self.ngram_embeddings = None
+        if virtual_width.ngrams and first_stage:
+            self.ngram_embeddings = NGramEmbedding(config, virtual_width, pg_collection)
 
-    def forward(self, *args, expansion: Expansion | None = None, **kwargs) -> Tensor:
-        """Token ids [b, s] to this rank's over-width state [s, b, N * E].
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *, history: Tensor | None = None) -> Tensor:
+        """The trunk's input: token ids [b, s] to this rank's over-width state [s, b, N * E].
 
         Args:
-            args: those of the stock embedding.
-            expansion: another W_expand than its own, for a projected embedding.
-            kwargs: those of the stock embedding.
+            input_ids: token ids [b, s].
+            position_ids: positions [b, s].
+            history: token ids [b, h] before these, where a sequence arrives in parts; only n-grams look at them.
         """
-        x = super().forward(*args, **kwargs)
+        embedding = self.embed(input_ids, position_ids, expansion=self.expansion)
+        if self.ngram_embeddings is None:
+            return embedding
+        ngrams_sbF = self._drop(self.ngram_embeddings(input_ids, history)).to(embedding.dtype)
+        segments = self.partition.scatter_channels(ngrams_sbF.unflatten(-1, (self.virtual_width.n, -1)))
+        return embedding + segments.flatten(-2)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, *, expansion: Expansion | None) -> Tensor:
+        """Token ids [b, s] to this rank's over-width state [s, b, N * E] without n-grams.
+
+        Args:
+            input_ids: token ids [b, s].
+            position_ids: positions [b, s].
+            expansion: W_expand of a projected embedding.
+        """
+        x = super().forward(input_ids, position_ids)
         vw = self.virtual_width
         if vw.embedding == "projected":
-            return (expansion or self.expansion)(x).flatten(-2)
+            return expansion(x).flatten(-2)
         segments = self.partition.scatter_channels(x.unflatten(-1, (vw.n if vw.embedding == "wide" else vw.m, -1)))
         return ops.tile(segments, vw.n).flatten(-2)
+
+    def _drop(self, embedding: Tensor) -> Tensor:
+        """Embedding dropout, from the generators that the stock embedding takes."""
+        if not self.config.sequence_parallel:
+            return self.embedding_dropout(embedding)
+        with get_cuda_rng_tracker().fork():  # each rank has other tokens
+            return self.embedding_dropout(embedding)

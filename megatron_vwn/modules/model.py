@@ -4,15 +4,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.embedding import OverWidthEmbedding
 from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPBlock
+from megatron_vwn.modules.ngram_embedding import remember_tokens
 
 
 class VirtualWidthModel(HybridModel):
@@ -44,7 +47,7 @@ class VirtualWidthModel(HybridModel):
         virtual_width.check_model(hidden_size=config.hidden_size, tied_embeddings=share_embeddings_and_output_weights)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         embedding = partial(
-            OverWidthEmbedding, virtual_width=virtual_width, pg_collection=pg_collection, with_expansion=pre_process
+            OverWidthEmbedding, virtual_width=virtual_width, pg_collection=pg_collection, first_stage=pre_process
         )
         with _built_by(LanguageModelEmbedding=embedding, MultiTokenPredictionBlock=VirtualWidthMTPBlock):
             super().__init__(
@@ -60,6 +63,25 @@ class VirtualWidthModel(HybridModel):
             self.decoder.predicts_further_tokens = True
             self.mtp.finish_trunk = self.decoder.finish
         self.virtual_width = virtual_width
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
+        """As HybridModel; generation hands n-grams the tokens that earlier steps brought."""
+        if inference_context is not None and decoder_input is None and self.pre_process and self.virtual_width.ngrams:
+            history = remember_tokens(inference_context, input_ids, max(self.virtual_width.ngrams) - 1)
+            decoder_input = self.embedding(input_ids, position_ids, history=history)
+        return super().forward(
+            input_ids, position_ids, attention_mask, decoder_input, labels, inference_context, *args, **kwargs
+        )
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class VirtualWidthMTPLayer(MultiTokenPredictionLayer):
 
     def forward(self, *args, embedding: OverWidthEmbedding, **kwargs):
         """As the stock layer, on over-width states; the returned state is not reduced (see ``predict``)."""
-        return super().forward(*args, embedding=partial(embedding, expansion=self.expansion), **kwargs)
+        return super().forward(*args, embedding=partial(embedding.embed, expansion=self.expansion), **kwargs)
 
     def predict(self, hidden_states: Tensor) -> Tensor:
         """The input of the shared head [s, b, D] from the state that ``forward`` returned."""

@@ -56,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Group RMS norm in groups of --hidden-size before the stream is reduced for the head "
         "(default: on if N > 2M and N is a multiple of M, else off).",
     )
+    group.add_argument(
+        "--vwn-ngrams",
+        type=_whole_numbers,
+        metavar="LENGTH,...",
+        help="Lengths of n-grams of tokens, such as 2,3, whose hashed embeddings are added to the over-width "
+        "embedding; they do not reach across documents (default: none).",
+    )
+    group.add_argument(
+        "--vwn-ngram-vocab",
+        type=int,
+        metavar="ROWS",
+        help="Rows of the table of each n-gram length, each as wide as the stream.",
+    )
     _add_choice(
         group,
         "partition",
@@ -105,10 +118,14 @@ def flag(name: str) -> str:
     return f"--vwn-{name.replace('_', '-')}"
 
 
-def typed(name: str, value: str | int | bool) -> str:
+def typed(name: str, value: str | int | bool | tuple[int, ...] | None) -> str:
     """A field of ``VirtualWidthConfig`` as it is typed on the command line."""
     if isinstance(value, bool):
         return flag(name) if value else flag(name).replace("--", "--no-", 1)
+    if value in (None, ()):
+        return f"no {flag(name)}"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     return f"{flag(name)} {value}"
 
 
@@ -136,6 +153,13 @@ def _add_choice(group, name: str, choices, description: str, default: str | None
     default = default or getattr(VirtualWidthConfig, name)
     metavar = f"{{{','.join(get_args(choices))}}}"
     group.add_argument(flag(name), metavar=metavar, help=f"{description} (default: {default}).")
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 2,3") from None
 
 
 def _refuse(message: str) -> None:

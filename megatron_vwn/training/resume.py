@@ -14,8 +14,10 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training.arguments import typed, virtual_width_from_args
 
-# The layout of a checkpoint does not depend on the partition, so a run may change it when it resumes.
-_FIXED = tuple(field.name for field in fields(VirtualWidthConfig) if field.name != "partition")
+# The layout of a checkpoint does not depend on the partition, so a run may change it when it resumes. The end of a
+# document is the tokenizer's, which is not built yet.
+_FREE = ("partition", "document_end")
+_FIXED = tuple(field.name for field in fields(VirtualWidthConfig) if field.name not in _FREE)
 
 
 def refuse_other_virtual_width(args: argparse.Namespace, virtual_width: VirtualWidthConfig | None) -> str | None:

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from megatron.core import mpu
@@ -49,6 +50,9 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
     try:
         args, virtual_width = prepare(argv, gpu=gpu)
         set_global_variables(args)
+        if virtual_width is not None and virtual_width.ngrams:
+            virtual_width = replace(virtual_width, document_end=get_tokenizer().eod)
+            record_virtual_width(args, virtual_width)
         if _first_of_node():
             for prefix in data_prefixes(args):
                 check_vocabulary(prefix, get_tokenizer())
@@ -116,12 +120,16 @@ def describe_virtual_width(args: argparse.Namespace, virtual_width: VirtualWidth
     partition = virtual_width.resolve_partition(
         tensor_parallel_size=args.tensor_model_parallel_size, sequence_parallel=args.sequence_parallel
     )
+    ngrams = ""
+    if virtual_width.ngrams:
+        lengths = " and ".join(map(str, virtual_width.ngrams))
+        ngrams = f" with n-grams of {lengths} tokens in {virtual_width.ngram_vocab:,} rows each"
     return (
         f"virtual width {float(virtual_width.expansion):g}x: {virtual_width.n} segments of "
         f"{virtual_width.segment_size(args.hidden_size)} channels around a backbone of {args.hidden_size}; "
         f"{virtual_width.connection} {virtual_width.gate} connections, {virtual_width.carry} carry, "
-        f"{virtual_width.embedding} embedding, {'' if virtual_width.reduce_norm else 'no '}norm before the reduction, "
-        f"{partition} partition"
+        f"{virtual_width.embedding} embedding{ngrams}, "
+        f"{'' if virtual_width.reduce_norm else 'no '}norm before the reduction, {partition} partition"
     )
 
 

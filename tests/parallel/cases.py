@@ -100,6 +100,37 @@ PARITY: dict[str, tuple[Layout, Case]] = {
     },
 }
 
+# Other attention than one key and value per head that sees everything before it.
+LATENT = Case(pattern="+-+-")
+PARITY |= (
+    {
+        f"{what}, {name}": (layout, case)
+        for what, case in {
+            "GQA": Case().but(num_query_groups=2),
+            # Sublayers count from 1, and those that 2 divides go without the window: of the attention, only the second.
+            "sliding window": Case(pattern="*--*").but(window_size=(3, 0), window_attn_skip_freq=2),
+        }.items()
+        for name, layout in (("TP2 width", TP2), ("TP2+SP", TP2_SP), ("PP2", PP2))
+    }
+    | {
+        # Without sequence parallelism Megatron's own gradients of latent attention are wrong on several ranks: refused.
+        f"{what}, {name}": (layout, case)
+        for what, case in {
+            "MLA": LATENT,
+            "gated delta net": Case(pattern="G-G-"),
+            "MLA, yarn, no query latent, no norms": LATENT.but(rope_type="yarn", q_lora_rank=None, qk_layernorm=False),
+        }.items()
+        for name, layout in (
+            ("TP2+SP", TP2_SP),
+            ("PP2", PP2),
+            ("TP2+SP x PP2", Layout(tp=2, pp=2, sequence_parallel=True)),
+        )
+    }
+    | {
+        "MLA, MTP, full recompute, TP2+SP": (TP2_SP, Case(pattern="+-+-/+-").but(**FULL_RECOMPUTE)),
+    }
+)
+
 # Everything together: attention, experts, two predictions.
 FURTHER = Case(pattern="*E*E/*E")
 PARITY |= {
@@ -114,6 +145,8 @@ PARITY |= {
         "CP2": Layout(cp=2),
     }.items()
 } | {
+    "MTP, bf16, TP2+SP": (TP2_SP, FURTHER.but(bf16=True)),
+    "MTP, bf16, PP2": (PP2, FURTHER.but(bf16=True)),
     # Megatron refuses experts under tensor parallelism without sequence parallelism.
     "MTP, TP2 width": (TP2, Case(pattern="*-*-/*-")),
     "MTP, full recompute, TP2+SP": (TP2_SP, FURTHER.but(**FULL_RECOMPUTE)),
@@ -130,6 +163,114 @@ PARITY |= {
         # With stages and further predictions at once Megatron cannot save a tied model.
         for name, layout, pattern in (("PP2", PP2, "*-*-"), ("MTP, TP2+SP", TP2_SP, "*-*-/*-"))
     },
+}
+
+# About one sequence in six has a document's end in it.
+NGRAMS = {"ngrams": (2, 3), "ngram_vocab": 64, "document_end": 7}
+PARITY |= {
+    f"n-grams, {name}": (layout, Case(pattern=pattern, virtual_width=stream(**NGRAMS, **switches)))
+    for name, layout, pattern, switches in (
+        ("TP2 replicated", TP2, "*-*-", {"partition": "replicated"}),
+        ("TP2 width", TP2, "*-*-", {}),
+        ("TP2+SP, wide embedding", TP2_SP, "*-*-", {"embedding": "wide"}),
+        ("CP2", Layout(cp=2), "----", {"embedding": "tiled"}),
+        ("CP2 x TP2+SP", Layout(cp=2, tp=2, sequence_parallel=True), "----", {}),
+        ("MTP, PP2", PP2, "*-*-/*-", {}),
+    )
+}
+
+# Megatron's static inference does without sequence parallelism.
+GENERATION: dict[str, tuple[Layout, Case]] = {
+    "TP1": (ALONE, Case()),
+    "TP2 width": (TP2, Case()),
+    "TP2 replicated": (TP2, Case(virtual_width=stream(partition="replicated"))),
+    "MTP weights": (ALONE, Case(pattern="*-*-/*-")),
+    "experts": (ALONE, MOE),
+    "n-grams, TP1": (ALONE, Case(virtual_width=stream(embedding="wide", **NGRAMS))),
+    "n-grams, TP2 width": (TP2, Case(virtual_width=stream(**NGRAMS))),
+}
+
+# FLAGS: Megatron's other flags that reach what a connection reads or writes; those that do not interact share a row.
+EP2 = Layout(ep=2)
+EP2_TP2_SP = Layout(ep=2, tp=2, sequence_parallel=True)
+FLAGS: dict[str, tuple[dict[str, Layout], Case]] = {
+    "attention flags": (
+        {"TP2 width": TP2, "TP2+SP": TP2_SP},
+        Case().but(
+            qk_layernorm=True,
+            attention_output_gate=True,
+            rotary_interleaved=True,
+            no_rope_freq=(0, 0, 1, 0, 0, 0, 1, 0),
+            softmax_type="learnable",
+            apply_query_key_layer_scaling=True,
+        ),
+    ),
+    "biases, ungated MLP, no positions": (
+        {"TP2 width": TP2, "TP2+SP": TP2_SP},
+        Case().but(add_bias_linear=True, add_qkv_bias=True, gated_linear_unit=False, _position_embedding_type="none"),
+    ),
+    "fused cross entropy, chunked MLP, uncloned embedding": (
+        {"TP2+SP": TP2_SP},
+        Case().but(
+            cross_entropy_loss_fusion=True,
+            mlp_chunks_for_training=2,
+            clone_scatter_output_in_embedding=False,
+            activation_func_clamp_value=2.0,
+        ),
+    ),
+    # Without a bias per expert, which Megatron updates behind the backward pass that is compared here.
+    "router flags": (
+        {"EP2 x TP2+SP": EP2_TP2_SP, "ETP2 x TP2+SP": Layout(tp=2, etp=2, sequence_parallel=True)},
+        MOE.but(
+            moe_router_score_function="sigmoid",
+            moe_router_num_groups=2,
+            moe_router_group_topk=1,
+            moe_router_topk_scaling_factor=2.0,
+            moe_router_dtype="fp64",
+            moe_router_load_balancing_type="seq_aux_loss",
+            moe_z_loss_coeff=0.01,
+            moe_shared_expert_gate=True,
+        ),
+    ),
+    # Data-parallel ranks drop what one rank would: the capacity is counted per micro-batch.
+    "dropped tokens, overlapped shared expert": (
+        {"EP2": EP2},
+        MOE.but(
+            moe_router_pre_softmax=True,
+            moe_expert_capacity_factor=0.8,
+            moe_pad_expert_input_to_capacity=True,
+            moe_token_drop_policy="position",
+            moe_shared_expert_overlap=True,
+        ),
+    ),
+    "sinkhorn": (
+        {"EP2": EP2},
+        MOE.but(moe_router_load_balancing_type="sinkhorn", moe_router_topk=1, moe_aux_loss_coeff=0.0),
+    ),
+    "recomputed MLP and experts": (
+        {"EP2 x TP2+SP": EP2_TP2_SP},
+        Case(pattern="*-*E").but(recompute_granularity="selective", recompute_modules=["core_attn", "mlp", "moe"]),
+    ),
+    "MTP, repeated layer": ({"PP2": PP2}, Case(pattern="*-*-/*-/*-").but(mtp_use_repeated_layer=True)),
+    # Not with a projected embedding: Megatron would detach its W_expand too, which is refused.
+    "MTP, detached heads": (
+        {"PP2": PP2},
+        Case(pattern="*-*-/*-/*-", virtual_width=stream(embedding="wide")).but(mtp_detach_heads=True),
+    ),
+    "bf16 around an fp32 stream": ({"PP2": PP2}, Case().but(bf16=True, fp32_residual_connection=True)),
+    "grouped micro-batches, overlapped flush": (
+        {"TP2+SP x PP2 x VPP2": Layout(tp=2, pp=2, vpp=2, sequence_parallel=True)},
+        Case().but(
+            microbatch_group_size_per_vp_stage=4,
+            overlap_p2p_comm_warmup_flush=True,
+            # Said for the single rank too, whose configuration would be refused otherwise.
+            overlap_p2p_comm=True,
+            batch_p2p_comm=False,
+        ),
+    ),
+}
+PARITY |= {
+    f"{what}, {name}": (layout, case) for what, (layouts, case) in FLAGS.items() for name, layout in layouts.items()
 }
 
 # Replicas must stay bitwise equal while training, in every partition.
@@ -169,6 +310,8 @@ CHECKS = [
     *(f"resharding: {name}" for name in RESHARDING),
     *(f"birth: {name}" for name in BIRTH),
     *(f"birth with MTP: {name}" for name in BIRTH_MTP),
+    *(f"generation: {name}" for name in GENERATION),
+    "n-grams are what their definition says",
     "MTP leaves the next token alone",
     "weight decay",
     "same backbone, seed for seed",

@@ -23,9 +23,10 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from parallel.cases import Case, Layout
+from parallel.gated_delta_net import allow_torch_gated_delta_net
 
 from megatron_vwn.modules.model import VirtualWidthModel
 from megatron_vwn.modules.specs import stack_spec
@@ -115,8 +116,30 @@ def transformer_config(layout: Layout, case: Case) -> TransformerConfig:
             "moe_token_dispatcher_type": "alltoall",
             "moe_shared_expert_intermediate_size": 24,
         }
+    if latent := "+" in case.pattern:
+        settings |= {
+            "q_lora_rank": 16,
+            "kv_lora_rank": 12,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 6,
+            "qk_layernorm": True,
+            "rope_type": "rope",
+        }
+    if "G" in case.pattern:
+        allow_torch_gated_delta_net()
+        settings |= {
+            "deterministic_mode": True,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        }
     settings |= {key: value for key, value in case.overrides if not key.startswith("_")}
-    return TransformerConfig(**settings)
+    if settings.get("bf16"):
+        settings |= {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    return (MLATransformerConfig if latent else TransformerConfig)(**settings)
 
 
 @cache
@@ -319,7 +342,7 @@ def perturb(session: Session, std: float = 0.1, seed: int = 3) -> None:
 
 
 def is_virtual_width(key: str) -> bool:
-    return any(part in key for part in ("connection.", "expansion.", "reduction.", "fusion."))
+    return any(part in key for part in ("connection.", "expansion.", "reduction.", "fusion.", "ngram_"))
 
 
 # ---------------------------------------------------------------------------------------------- training

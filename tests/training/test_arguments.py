@@ -33,6 +33,7 @@ def test_no_flag_is_the_ordinary_model():
         ("--vwn-reduce-norm", {"reduce_norm": True}),
         ("--no-vwn-reduce-norm", {"reduce_norm": False}),
         ("--vwn-partition replicated", {"partition": "replicated"}),
+        ("--vwn-ngrams 2,3 --vwn-ngram-vocab 1000", {"ngrams": (2, 3), "ngram_vocab": 1000}),
     ],
 )
 def test_each_flag_sets_its_field_and_no_other(argv, expected):
@@ -79,6 +80,11 @@ def test_help_states_every_default():
         ("--vwn-m 2 --vwn-n 3 --vwn-reduce-norm", ["n = 3 is no multiple of m"]),
         ("--vwn-m 2 --vwn-n 4 --vwn-gate relu", ["--vwn-gate is 'relu'", "tanh, sigmoid"]),
         ("--vwn-m 2 --vwn-n 4 --vwn-connection none", ["--vwn-connection is 'none'", "dynamic, static"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-ngrams 2,x", ["--vwn-ngrams", "'2,x' is no list of whole numbers"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-ngrams 2", ["--vwn-ngram-vocab", "belong together"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-ngram-vocab 9", ["--vwn-ngrams", "belong together"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-ngrams 1,2 --vwn-ngram-vocab 9", ["--vwn-ngrams is 1,2", "at least 2"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-ngrams 2,2 --vwn-ngram-vocab 9", ["different lengths"]),
         ("--vwn-m 2 --vwn-n 4 --vwn-width 3", ["unrecognized arguments: --vwn-width 3"]),
     ],
 )
@@ -99,9 +105,17 @@ def test_recorded_arguments_state_resolved_defaults_and_mean_the_same_again():
 
 
 def test_settings_are_described_as_they_are_typed():
-    for name, value in (("gate", "sigmoid"), ("reduce_norm", False), ("reduce_norm", True), ("n", 8)):
-        argv = ["--vwn-m", "2", "--vwn-n", "8", *typed(name, value).split()]
+    for name, value in (
+        ("gate", "sigmoid"),
+        ("reduce_norm", False),
+        ("reduce_norm", True),
+        ("n", 8),
+        ("ngrams", (2, 3)),
+    ):
+        rest = ["--vwn-ngram-vocab", "9"] if name == "ngrams" else []
+        argv = ["--vwn-m", "2", "--vwn-n", "8", *rest, *typed(name, value).split()]
         assert getattr(config(*argv), name) == value
+    assert typed("ngrams", ()) == "no --vwn-ngrams" and typed("ngram_vocab", None) == "no --vwn-ngram-vocab"
 
 
 def test_a_gpu_with_transformer_engine_needs_no_flags():

@@ -17,7 +17,8 @@ FLAGS = """
     --hybrid-layer-pattern *-*- --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
     --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm
     --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0.1 --attention-dropout 0.1
-    --vwn-m 2 --vwn-n 6 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer
+    --vwn-m 2 --vwn-n 6 --vwn-ngrams 2,3 --vwn-ngram-vocab 64
+    --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer
     --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style cosine --eval-iters 0 --eval-interval 1000
     --mock-data --tokenizer-type NullTokenizer --vocab-size 127
     --log-interval 1 --tensorboard-log-interval 1 --ckpt-format torch_dist
