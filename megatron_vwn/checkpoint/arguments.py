@@ -1,0 +1,232 @@
+"""What Megatron's arguments of a run say about its model, in the words of a Hugging Face configuration, and back."""
+
+import argparse
+import re
+from collections.abc import Callable
+
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.hf import VWNConfig
+
+# Fields of VWNConfig and the arguments that mean the same.
+_SAME = {
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "qk_layernorm": "qk_layernorm",
+    "add_bias_linear": "add_bias_linear",
+    "add_qkv_bias": "add_qkv_bias",
+    "position_embedding_type": "position_embedding_type",
+    "max_position_embeddings": "max_position_embeddings",
+    "intermediate_size": "ffn_hidden_size",
+    "normalization": "normalization",
+    "norm_eps": "layernorm_epsilon",
+    "fp32_residual_connection": "fp32_residual_connection",
+    "initializer_range": "init_method_std",
+    **{f"vwn_{name}": f"vwn_{name}" for name in ("m", "n", "connection", "gate", "carry", "embedding", "reduce_norm")},
+}
+_SAME_OF_EXPERTS = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_gate": "moe_shared_expert_gate",
+    "moe_router_score_function": "moe_router_score_function",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor": "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias": "moe_router_enable_expert_bias",
+    "moe_router_dtype": "moe_router_dtype",
+}
+# Arguments that change the function in a way that the Hugging Face model has not, and the value with which they do not.
+_WITHOUT_COUNTERPART = {
+    "vwn_ngrams": (),
+    "multi_latent_attention": False,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "rotary_seq_len_interpolation_factor": None,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "qk_l2_norm": False,
+    "experimental_attention_variant": None,
+    "apply_layernorm_1p": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "moe_router_num_groups": None,
+    "moe_latent_size": None,
+    "moe_apply_probs_on_input": False,
+    "mtp_use_repeated_layer": False,
+    "use_mup": False,
+}
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def hf_config(args: argparse.Namespace) -> VWNConfig:
+    """The Hugging Face configuration of the model that was trained with Megatron's arguments.
+
+    Raises:
+        VirtualWidthError: for a model without a virtual width or one that the Hugging Face model cannot express.
+    """
+    if getattr(args, "vwn_m", None) is None:
+        raise VirtualWidthError(
+            "the checkpoint was trained without a virtual width: give it one with vwn-widen, or convert it with the "
+            "tools for ordinary models."
+        )
+    return _valid(VWNConfig, **backbone(args), vwn_m=args.vwn_m, vwn_n=args.vwn_n, **_virtual_width(args))
+
+
+def backbone(args: argparse.Namespace) -> dict[str, object]:
+    """The fields of a VWNConfig that describe the backbone and its head.
+
+    Raises:
+        VirtualWidthError: for a model that the Hugging Face model cannot express.
+    """
+    for name, harmless in _WITHOUT_COUNTERPART.items():
+        if getattr(args, name, harmless) not in (harmless, None):
+            raise VirtualWidthError(
+                f"the run used --{name.replace('_', '-')} {getattr(args, name)}, which the Hugging Face model does not "
+                "have: this checkpoint cannot be converted."
+            )
+    if args.moe_router_load_balancing_type == "sinkhorn":
+        raise VirtualWidthError(
+            "sinkhorn routing looks at a whole batch, which the Hugging Face model does not: this checkpoint cannot be "
+            "converted."
+        )
+    pattern, *further = (args.hybrid_layer_pattern or args.hybrid_override_pattern).replace("|", "").split("/")
+    if len(set(further)) > 1:
+        raise VirtualWidthError(
+            f"the further predictions {'/'.join(further)} differ, which the Hugging Face model's do not: this "
+            "checkpoint cannot be converted."
+        )
+    fields = {field: getattr(args, name) for field, name in _SAME.items() if not field.startswith("vwn_")}
+    if args.num_experts:
+        fields |= {field: getattr(args, name) for field, name in _SAME_OF_EXPERTS.items()}
+        fields["shared_expert_intermediate_size"] = args.moe_shared_expert_intermediate_size or 0
+    act, gated = _activation(args)
+    return fields | {
+        "vocab_size": args.padded_vocab_size,
+        "hybrid_pattern": pattern,
+        "num_mtp_layers": len(further),
+        "mtp_hybrid_pattern": further[0] if further else "",
+        "num_key_value_heads": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        "hidden_act": act,
+        "gated_mlp": gated,
+        "rope_parameters": _rope(args),
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        **_window(args, pattern),
+    }
+
+
+def megatron_arguments(config: VWNConfig) -> dict[str, object]:
+    """The arguments of Megatron that mean the model of a Hugging Face configuration.
+
+    Raises:
+        VirtualWidthError: for a model that Megatron cannot express.
+    """
+    rope = config.rope_parameters or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    llama3 = _LLAMA3_ROPE | {"rope_type": "llama3"}
+    if scaled and any(rope.get(name, value) != value for name, value in llama3.items()):
+        raise VirtualWidthError(
+            f"Megatron has no rotary embedding of the kind {rope}: only the plain one and {llama3}."
+        )
+    further = f"/{config.mtp_hybrid_pattern}" * config.num_mtp_layers
+    arguments = {name: getattr(config, field) for field, name in _SAME.items()}
+    if config.num_experts:
+        arguments |= {name: getattr(config, field) for field, name in _SAME_OF_EXPERTS.items()}
+        arguments["moe_shared_expert_intermediate_size"] = config.shared_expert_intermediate_size or None
+    return arguments | {
+        "hybrid_layer_pattern": config.hybrid_pattern + further,
+        "num_layers": len(config.hybrid_pattern),
+        "mtp_num_layers": config.num_mtp_layers or None,
+        "padded_vocab_size": config.vocab_size,
+        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "swiglu": config.gated_mlp,
+        **_activation_flags(config),
+        "rotary_base": rope.get("rope_theta", 10000.0),
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+        "use_rope_scaling": scaled,
+        "rope_scaling_factor": rope.get("factor", 8.0),
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "add_position_embedding": config.position_embedding_type != "none",
+        **_window_flags(config),
+    }
+
+
+def _virtual_width(args: argparse.Namespace) -> dict[str, object]:
+    names = ("connection", "gate", "carry", "embedding", "reduce_norm")
+    return {f"vwn_{name}": getattr(args, f"vwn_{name}") for name in names}
+
+
+def _valid(build: Callable[..., VWNConfig], **fields) -> VWNConfig:
+    try:
+        return build(**fields)
+    except ValueError as error:
+        raise VirtualWidthError(f"the Hugging Face model cannot be described: {error}") from error
+
+
+def _activation(args: argparse.Namespace) -> tuple[str, bool]:
+    """Name of the activation, and whether it gates."""
+    if args.swiglu:
+        return "silu", True
+    if args.squared_relu:
+        return "relu2", False
+    # Megatron's fused bias and gelu is the approximation by tanh; it fuses only where there is a bias.
+    return ("gelu_pytorch_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"), False
+
+
+def _activation_flags(config: VWNConfig) -> dict[str, object]:
+    known = {("silu", True), ("relu2", False), ("gelu", False)}
+    if config.add_bias_linear:
+        known |= {("gelu_pytorch_tanh", False)}
+    if (config.hidden_act, config.gated_mlp) not in known:
+        gated = "a gated" if config.gated_mlp else "an ungated"
+        raise VirtualWidthError(
+            f"Megatron has no MLP with {gated} {config.hidden_act}: only SwiGLU, relu2, gelu and, with biases, "
+            "gelu_pytorch_tanh."
+        )
+    return {
+        "squared_relu": config.hidden_act == "relu2",
+        "bias_gelu_fusion": config.hidden_act == "gelu_pytorch_tanh",
+    }
+
+
+def _rope(args: argparse.Namespace) -> dict[str, object]:
+    rope = {"rope_type": "default", "rope_theta": float(args.rotary_base), "partial_rotary_factor": args.rotary_percent}
+    if args.use_rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA3_ROPE}
+    return rope
+
+
+def _window(args: argparse.Namespace, pattern: str) -> dict[str, object]:
+    """Which attentions see only so many tokens back; Megatron counts all sublayers, from one."""
+    if args.window_size is None:
+        return {}
+    left, right = args.window_size
+    if left < 0 or right != 0:
+        raise VirtualWidthError(
+            f"--window-size {left},{right} is no causal window: this checkpoint cannot be converted."
+        )
+    attentions = [match.start() + 1 for match in re.finditer(r"\*", pattern)]
+    everything = [_sees_everything(number, args.window_attn_skip_freq) for number in attentions]
+    return {
+        "sliding_window": left + 1,
+        "layer_types": ["full_attention" if all_ else "sliding_attention" for all_ in everything],
+    }
+
+
+def _sees_everything(layer_number: int, skip_freq: int | list[int] | None) -> bool:
+    if skip_freq is None:
+        return False
+    if isinstance(skip_freq, int):
+        return layer_number % skip_freq == 0
+    return not skip_freq[layer_number - 1]
+
+
+def _window_flags(config: VWNConfig) -> dict[str, object]:
+    if "sliding_attention" not in config.layer_types:
+        return {"window_size": None, "window_attn_skip_freq": None}
+    kinds = iter(config.layer_types)
+    # One entry per sublayer; those that are no attention do not look.
+    windows = [int(symbol == "*" and next(kinds) == "sliding_attention") for symbol in config.hybrid_pattern]
+    skip = None if "full_attention" not in config.layer_types else windows
+    return {"window_size": (config.sliding_window - 1, 0), "window_attn_skip_freq": skip}

@@ -1,0 +1,225 @@
+"""Between Megatron's torch_dist checkpoints and Hugging Face folders, tensor by tensor.
+
+Everything that can be wrong with names and shapes is found from metadata, before the first tensor is read and before
+anything is written.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megatron_vwn.checkpoint import mapping
+from megatron_vwn.checkpoint.arguments import hf_config, megatron_arguments
+from megatron_vwn.checkpoint.folders import SafetensorsReader, SafetensorsWriter, copy_tokenizer
+from megatron_vwn.checkpoint.model_card import ARGUMENTS, write_model_card
+from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, write_torch_dist
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
+
+Progress = Callable[[Iterable[str], str], Iterable[str]]
+"""Wraps the keys that are worked through; given what is being done."""
+
+
+def silent(keys: Iterable[str], description: str) -> Iterable[str]:
+    """No progress."""
+    return keys
+
+
+def to_hf(
+    source: TorchDistReader,
+    folder: Path,
+    *,
+    tokenizer: Path | None,
+    shard_bytes: int = 2**29,
+    progress: Progress = silent,
+) -> VWNConfig:
+    """Write the model of a Megatron checkpoint as a Hugging Face folder that runs with and without this package.
+
+    Args:
+        source: the checkpoint.
+        folder: an existing, empty folder.
+        tokenizer: a Hugging Face tokenizer's folder to copy.
+        shard_bytes: size of the safetensors files.
+        progress: see Progress.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        VirtualWidthError: tensors are missing, left over or of another shape; the model cannot be expressed.
+    """
+    config = hf_config(source.arguments)
+    _check(_hf_tensors(source.tensors, config), expected_hf_tensors(config), source.folder)
+    config.dtype = source.tensors["embedding.word_embeddings.weight"].dtype
+    config.architectures = ["VWNForCausalLM"]
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+        loaded = AutoTokenizer.from_pretrained(folder)
+        config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
+        config.pad_token_id = loaded.pad_token_id
+    config.save_pretrained(folder)
+    add_code(folder)
+    writer = SafetensorsWriter(folder, shard_bytes)
+    for key in progress(list(source.tensors), "to Hugging Face"):
+        for name, tensor in mapping.to_hf(key, source.read(key), config):
+            writer.write(name, tensor)
+    writer.close()
+    write_model_card(folder, source.arguments, config)
+    return config
+
+
+def from_hf(
+    source: SafetensorsReader, folder: Path, *, transformer_engine: bool | None = None, progress: Progress = silent
+) -> dict[str, object]:
+    """Write a Hugging Face VWN folder as a checkpoint that Megatron's ``--load`` takes.
+
+    Args:
+        source: the Hugging Face folder.
+        folder: an existing, empty folder.
+        transformer_engine: name tensors as its layers do; None as in the run that the folder was converted from, or
+            Transformer Engine's if it was not.
+        progress: see Progress.
+
+    Returns:
+        Megatron's arguments of the model, those that differ from its defaults included.
+
+    Raises:
+        VirtualWidthError: tensors are missing, left over or of another shape; Megatron cannot express the model.
+    """
+    config = read_config(source)
+    _check(source.tensors, expected_hf_tensors(config), source.folder)
+    path = source.folder / ARGUMENTS
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if transformer_engine is None:
+        transformer_engine = saved.get("transformer_impl", "transformer_engine") == "transformer_engine"
+    arguments = megatron_arguments(config) | {
+        "transformer_impl": "transformer_engine" if transformer_engine else "local"
+    }
+    write_megatron(
+        folder,
+        config,
+        source.tensors,
+        source.read,
+        arguments=argparse.Namespace(**(saved | arguments)),
+        progress=progress,
+    )
+    return arguments
+
+
+def write_megatron(
+    folder: Path,
+    config: VWNConfig,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    *,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    """Write tensors that carry the names of the Hugging Face model as a Megatron checkpoint.
+
+    Args:
+        folder: an existing, empty folder.
+        config: the model.
+        tensors: every tensor of the Hugging Face model, without the head of a tied one.
+        read: gives one of them.
+        arguments: what Megatron is to find as the arguments of the run; ``transformer_impl`` decides some names.
+        progress: see Progress.
+    """
+    engine = arguments.transformer_impl == "transformer_engine"
+    keys = list(dict.fromkeys(mapping.megatron_key(name, config, transformer_engine=engine) for name in tensors))
+    empty = {name: info.empty("meta") for name, info in tensors.items()}
+    wanted = {}
+    for key in keys:
+        whole = mapping.from_hf(key, empty.__getitem__, config)
+        wanted[key] = TensorInfo(tuple(whole.shape), whole.dtype)
+    arguments.consumed_train_samples = arguments.consumed_valid_samples = arguments.skipped_train_samples = 0
+    bar = iter(progress(keys, "to Megatron"))
+
+    def read_next(key: str) -> Tensor:
+        next(bar, None)
+        return mapping.from_hf(key, read, config).contiguous()
+
+    common = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
+    write_torch_dist(folder, wanted, read_next, objects=_extra_states(wanted, engine), common=common)
+    next(bar, None)
+
+
+def read_config(source: SafetensorsReader) -> VWNConfig:
+    """The configuration of a VWN folder.
+
+    Raises:
+        VirtualWidthError: for another model, or settings that no model can have.
+    """
+    if source.config.get("model_type") != VWNConfig.model_type:
+        raise VirtualWidthError(
+            f"{source.folder} is a {source.config.get('model_type')} model, not vwn: give it a virtual width with "
+            "vwn-widen."
+        )
+    try:
+        return VWNConfig(**{key: value for key, value in source.config.items() if key != "model_type"})
+    except (ValueError, TypeError) as error:
+        raise VirtualWidthError(f"{source.folder / 'config.json'} describes no model: {error}") from error
+
+
+def expected_hf_tensors(config: VWNConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a Hugging Face model of this configuration stores."""
+    with torch.device("meta"):
+        model = VWNForCausalLM(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}
+
+
+def _hf_tensors(tensors: Mapping[str, TensorInfo], config: VWNConfig) -> dict[str, TensorInfo]:
+    """What Megatron's tensors would become; one that the model does not have keeps its name."""
+    found = {}
+    for key, info in tensors.items():
+        try:
+            parts = list(mapping.to_hf(key, info.empty("meta"), config))
+        except (KeyError, RuntimeError):
+            parts = [(key, info.empty("meta"))]
+        found |= {name: TensorInfo(tuple(part.shape), part.dtype) for name, part in parts}
+    return found
+
+
+def _check(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Every tensor of the model is there, no other is, and shapes agree."""
+    for what, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has, beside those of its model,", found.keys() - expected.keys()),
+    ):
+        if names:
+            raise VirtualWidthError(
+                f"{folder} {what} {_listed(names)}: it is not the model that its settings describe."
+            )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise VirtualWidthError(
+                f"{name} in {folder} has shape {list(found[name].shape)} instead of {list(shape)}: it is not the model "
+                "that its settings describe."
+            )
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+_LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "output_layer.weight")
+
+
+def _extra_states(tensors: Mapping[str, TensorInfo], transformer_engine: bool) -> Iterator[str]:
+    """Keys of the empty entries that Megatron's linear layers, and all layers of Transformer Engine, ask for."""
+    for key, info in tensors.items():
+        if ".experts.experts." in key:
+            experts, name = info.shape[0], key.removesuffix(".weight")
+            yield from (f"{name}._extra_state/shard_{i}_{experts}" for i in range(experts))
+        elif key.endswith(_LINEAR) or (transformer_engine and key.endswith("norm.weight")):
+            yield f"{key.removesuffix('.weight')}._extra_state/shard_0_1"
+        if transformer_engine and key.endswith("linear_qkv.weight"):
+            yield f"{key.replace('linear_qkv.weight', 'core_attention')}._extra_state/shard_0_1"

@@ -1,0 +1,68 @@
+"""What a converted folder says about itself: a model card for people, and Megatron's arguments for the way back."""
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_vwn import __version__
+from megatron_vwn.hf import VWNConfig
+
+ARGUMENTS = "megatron_arguments.json"
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- vwn
+- virtual-width-networks
+---
+
+# {name}
+
+A Virtual Width Network (arXiv 2511.11238): a decoder of width {hidden_size} around a residual stream of width
+{over_width} ({vwn_n} segments of {segment}; r = {expansion:g}), {vwn_connection} {vwn_gate} connections, {vwn_carry}
+carry, {vwn_embedding} embedding. Sublayers, one symbol each: `{hybrid_pattern}`{further}.
+
+Converted from a Megatron checkpoint by megatron_vwn {version}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokens = tokenizer("It was", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))
+```
+
+## The training run
+
+{lines}
+"""
+
+
+def plain(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments that JSON can hold; others, such as dtypes, as text."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
+        for name, value in sorted(vars(args).items())
+        if not name.startswith("_")
+    }
+
+
+def write_model_card(folder: Path, args: argparse.Namespace, config: VWNConfig) -> None:
+    """Write README.md and the arguments into a converted folder."""
+    arguments = plain(args)
+    (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
+    given = {name: value for name, value in arguments.items() if value not in (None, False, [], "")}
+    further = f", and {config.num_mtp_layers} x `{config.mtp_hybrid_pattern}` for further tokens"
+    card = _CARD.format(
+        **config.to_dict() | {"name": folder.name},
+        over_width=config.over_width,
+        segment=config.hidden_size // config.vwn_m,
+        expansion=config.vwn_n / config.vwn_m,
+        further=further if config.num_mtp_layers else "",
+        version=__version__,
+        lines="\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in given.items()),
+    )
+    (folder / "README.md").write_text(card)

@@ -1,0 +1,87 @@
+"""vwn-convert: Megatron checkpoints to Hugging Face and back.
+
+vwn-convert to-hf   MEGATRON FOLDER [--tokenizer DIR] [--verify]
+vwn-convert from-hf FOLDER MEGATRON
+"""
+
+import megatron_vwn.cpu
+
+megatron_vwn.cpu.install()
+
+import argparse  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from tqdm import tqdm  # noqa: E402
+
+from megatron_vwn.checkpoint.convert import from_hf, to_hf  # noqa: E402
+from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
+from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
+from megatron_vwn.config import VirtualWidthError  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one conversion; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        (_to_hf if options.command == "to-hf" else _from_hf)(options)
+    except VirtualWidthError as refusal:
+        print(f"vwn-convert: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vwn-convert: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    source = TorchDistReader(options.source)
+    tokenizer = options.tokenizer or _tokenizer_of(source)
+    with appearing_whole(options.target, overwrite=options.overwrite) as folder:
+        config = to_hf(source, folder, tokenizer=tokenizer, shard_bytes=options.shard_mebibytes * 2**20, progress=_bar)
+    print(f"{options.target}: {config.hybrid_pattern}, {len(source.tensors)} tensors of Megatron", end="")
+    print(f", tokenizer of {tokenizer}." if tokenizer else "; no tokenizer: give one with --tokenizer.")
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    source = SafetensorsReader(options.source)
+    engine = None if options.transformer_impl is None else options.transformer_impl == "transformer_engine"
+    with appearing_whole(options.target, overwrite=options.overwrite) as folder:
+        arguments = from_hf(source, folder, transformer_engine=engine, progress=_bar)
+    print(f"{options.target}: weights without optimizer; train on with --load {options.target} and")
+    print("   ", " ".join(f"--{name.replace('_', '-')} {value}" for name, value in arguments.items() if value))
+
+
+def _tokenizer_of(source: TorchDistReader) -> Path | None:
+    """The tokenizer that the run used, if it is of Hugging Face and still there."""
+    path = getattr(source.arguments, "tokenizer_model", None)
+    return Path(path) if path and (Path(path) / "tokenizer_config.json").exists() else None
+
+
+def _bar(keys, description: str):
+    return tqdm(keys, desc=description, unit="tensor", disable=None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vwn-convert", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{to-hf,from-hf}")
+    to = commands.add_parser("to-hf", help="write a Megatron checkpoint as a Hugging Face folder")
+    to.add_argument("source", type=Path, metavar="MEGATRON", help="what --save named, or one checkpoint in it")
+    to.add_argument("target", type=Path, metavar="FOLDER", help="the folder to write")
+    to.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer to copy (default: the run's)")
+    to.add_argument("--shard-mebibytes", type=int, default=512, help="size of the files (default: %(default)s)")
+    back = commands.add_parser("from-hf", help="write a Hugging Face folder as a checkpoint that --load takes")
+    back.add_argument("source", type=Path, metavar="FOLDER", help="a folder with a VWN model")
+    back.add_argument("target", type=Path, metavar="MEGATRON", help="the folder to write, for --load")
+    back.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        help="name tensors for this backend (default: the one of the run that the folder was converted from)",
+    )
+    for command in (to, back):
+        command.add_argument("--overwrite", action="store_true", help="replace what stands there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
