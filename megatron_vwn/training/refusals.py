@@ -6,6 +6,7 @@ stays Megatron's; rows repeat one of its assertions only where the virtual width
 """
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -99,6 +100,12 @@ _ALWAYS = (
         lambda args: args.reset_position_ids and args.position_embedding_type != "learned_absolute",
         "--reset-position-ids changes nothing but learned positions: drop it, or give --position-embedding-type "
         "learned_absolute.",
+    ),
+    # The layers' torch norms would hand an fp32 stream on to half-precision linears.
+    Refusal(
+        lambda args: args.fp32_residual_connection and args.transformer_impl == "local" and args.vwn_m is None,
+        "--fp32-residual-connection without a virtual width needs Transformer Engine, which --transformer-impl local "
+        "does not use: drop it.",
     ),
     Refusal(
         lambda args: args.attention_backend == AttnBackend.local,
@@ -212,7 +219,10 @@ _WITHOUT_EFFECT: _Patterns = {
         "linear_attention_freq", "moe_layer_freq", "use_grouped_gemm_for_dense_mlp", "defer_embedding_wgrad_compute",
         "wgrad_deferral_limit", "mtp_standalone",
     ),
-    "is read by nothing in Megatron 0.19: drop it.": ("use_flash_attn", "onnx_safe"),
+    "is read by nothing in Megatron 0.19: drop it.": (
+        "use_flash_attn", "onnx_safe", "openai_gelu", "rampup_batch_size", "exit_signal_handler_for_dataloader",
+        "dist_ckpt_save_pre_mcore_014",
+    ),
     "fails inside Megatron 0.19: drop it.": ("init_method_xavier_uniform", "config_logger_dir", "lazy_mpu_init"),
 }
 _OF_TRANSFORMER_ENGINE: _Patterns = {
@@ -288,11 +298,12 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
     for rule in _ALWAYS if virtual_width is None else _ALWAYS + _WITH_VIRTUAL_WIDTH:
         if rule.applies(args):
             raise VirtualWidthError(rule.sentence)
-    _refuse_changed(args, _WITHOUT_EFFECT)
-    if args.transformer_impl == "local":
-        _refuse_changed(args, _OF_TRANSFORMER_ENGINE)
-    if virtual_width is not None:
-        _refuse_changed(args, _OF_REFUSED_FLAGS)
+    _refuse_changed(
+        args,
+        _WITHOUT_EFFECT
+        | (_OF_TRANSFORMER_ENGINE if args.transformer_impl == "local" else {})
+        | (_OF_REFUSED_FLAGS if virtual_width is not None else {}),
+    )
     if virtual_width is None or args.hidden_size is None:  # a missing --hidden-size is Megatron's to refuse
         return
     virtual_width.check_model(
@@ -307,7 +318,7 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
 
 def _refuse_changed(args: Args, table: _Patterns) -> None:
     """Refuse the first argument of the table's patterns that has not its default."""
-    defaults = _defaults()
+    defaults = _defaults(os.environ.get("WORLD_SIZE"))
     for reason, patterns in table.items():
         for name, value in vars(args).items():
             if name in defaults and value != defaults[name] and any(fnmatchcase(name, each) for each in patterns):
@@ -315,6 +326,6 @@ def _refuse_changed(args: Args, table: _Patterns) -> None:
 
 
 @cache
-def _defaults() -> dict[str, object]:
-    """What Megatron's parser gives to arguments that are not typed."""
+def _defaults(world_size: str | None) -> dict[str, object]:
+    """What Megatron's parser gives to arguments that are not typed; one of them is the environment's world size."""
     return vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([]))

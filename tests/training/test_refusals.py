@@ -52,7 +52,10 @@ REFUSED_WITH_VIRTUAL_WIDTH = {
     "--fine-grained-activation-offloading": ["--fine-grained-activation-offloading", "--recompute-granularity full"],
     "--cpu-offloading-num-layers 2": ["--cpu-offloading-num-layers", "--recompute-granularity full"],
     "--moe-paged-stash": ["--moe-paged-stash"],
+    "--hybrid-layer-pattern *-*-/*- --mtp-detach-heads": ["--mtp-detach-heads", "--vwn-embedding wide or tiled"],
     "--use-mup": ["--use-mup"],
+    "--muon-nesterov": ["--muon-nesterov", "drop it"],
+    "--cuda-graph-warmup-steps 1": ["--cuda-graph-warmup-steps", "drop it"],
     "--optimizer muon": ["--optimizer", "adam or sgd"],
     "--ckpt-format torch": ["--ckpt-format", "torch_dist"],
     "--non-persistent-ckpt-type local": ["--non-persistent-ckpt-type", "global"],
@@ -85,6 +88,22 @@ REFUSED_ALWAYS = {
     "--use-checkpoint-args": ["--use-checkpoint-args", "--load"],
     "--mtp-num-layers 1": ["--hybrid-layer-pattern", "drop --mtp-num-layers"],
     "--hybrid-layer-pattern *E --num-experts 4 --tensor-model-parallel-size 2": ["--sequence-parallel"],
+    "--num-experts 4": ["--num-experts", "--hybrid-layer-pattern"],
+    "--hybrid-layer-pattern *E": ["E (experts)", "add it"],
+    "--position-embedding-type mrope --mrope-section 1": ["--position-embedding-type", "choose rope"],
+    "--reset-position-ids": ["--reset-position-ids", "learned_absolute"],
+    "--attention-backend local": ["--attention-backend", "--transformer-impl local"],
+    "--attention-backend flash": ["--attention-backend", "Transformer Engine"],
+    "--fp8-format hybrid": ["--fp8-format", "Transformer Engine"],
+    "--apply-layernorm-1p": ["--apply-layernorm-1p", "Transformer Engine"],
+    "--moe-latent-size 16": ["--moe-latent-size", "Transformer Engine"],
+    "--save-activations-interval 2": ["--save-activations-interval", "Transformer Engine"],
+    "--qk-l2-norm": ["--qk-l2-norm", "drop it"],
+    "--moe-layer-freq 2": ["--moe-layer-freq", "drop it"],
+    "--rampup-batch-size 2 2 8": ["--rampup-batch-size", "drop it"],
+    "--init-method-xavier-uniform": ["--init-method-xavier-uniform", "drop it"],
+    "--dino-head-hidden-size 7": ["--dino-head-hidden-size", "vision", "drop it"],
+    "--use-same-sampling-seed-across-dp-ranks": ["--use-same-sampling-seed-across-dp-ranks", "inference"],
     "--eval-interval 0": ["--eval-interval", "--eval-iters 0"],
     "--num-attention-heads 7": ["Megatron refuses these flags", "args.hidden_size % args.num_attention_heads == 0"],
     "--context-parallel-size 2": ["context parallelism", "drop --context-parallel-size"],
@@ -160,6 +179,7 @@ def prepared(checkpoint, tmp_path_factory):
     argv["tied"] = [*run, "--vwn-m", "2", "--vwn-n", "4", "--vwn-embedding", "wide"]
     argv["tied"].remove("--untie-embeddings-and-output-weights")
     argv["yaml"] = [*run, *WIDE, "--yaml-cfg", str(yaml)]
+    argv["ordinary fp32 stream"] = [*run, "--bf16", "--fp32-residual-connection"]
     argv["experts with biases"] = [*run, *WIDE, "--hybrid-layer-pattern", "*E", "--num-experts", "2"]
     argv["experts with biases"].remove("--disable-bias-linear")
     for name, source, flags in (
@@ -215,6 +235,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("missing data", ["text.idx does not exist"]),
         ("tied", ["--untie-embeddings-and-output-weights", "--vwn-embedding"]),
         ("yaml", ["--yaml-cfg"]),
+        ("ordinary fp32 stream", ["--fp32-residual-connection", "Transformer Engine"]),
         ("experts with biases", ["--disable-bias-linear"]),
         ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
         ("other gate and norm", ["--vwn-gate tanh --vwn-reduce-norm", "--vwn-gate sigmoid --no-vwn-reduce-norm"]),
