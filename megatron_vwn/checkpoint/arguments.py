@@ -56,7 +56,6 @@ _WITHOUT_COUNTERPART = {
     "mtp_use_repeated_layer": False,
     "use_mup": False,
 }
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def hf_config(args: argparse.Namespace) -> VWNConfig:
@@ -122,11 +121,9 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
         VirtualWidthError: for a model that Megatron cannot express.
     """
     rope = config.rope_parameters or {}
-    scaled = rope.get("rope_type", "default") != "default"
-    llama3 = _LLAMA3_ROPE | {"rope_type": "llama3"}
-    if scaled and any(rope.get(name, value) != value for name, value in llama3.items()):
+    if rope.get("rope_type", "default") != "default":
         raise VirtualWidthError(
-            f"Megatron has no rotary embedding of the kind {rope}: only the plain one and {llama3}."
+            f"Megatron's HybridModel has no {rope['rope_type']} rotary embedding: only models with the plain one fit."
         )
     further = f"/{config.mtp_hybrid_pattern}" * config.num_mtp_layers
     arguments = {name: getattr(config, field) for field, name in _SAME.items()}
@@ -144,8 +141,6 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
         **_activation_flags(config),
         "rotary_base": rope.get("rope_theta", 10000.0),
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
-        "use_rope_scaling": scaled,
-        "rope_scaling_factor": rope.get("factor", 8.0),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "add_position_embedding": config.position_embedding_type != "none",
         **_window_flags(config),
@@ -191,10 +186,12 @@ def _activation_flags(config: VWNConfig) -> dict[str, object]:
 
 
 def _rope(args: argparse.Namespace) -> dict[str, object]:
-    rope = {"rope_type": "default", "rope_theta": float(args.rotary_base), "partial_rotary_factor": args.rotary_percent}
-    if args.use_rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA3_ROPE}
-    return rope
+    """Megatron's --use-rope-scaling is not read by a HybridModel."""
+    return {
+        "rope_type": "default",
+        "rope_theta": float(args.rotary_base),
+        "partial_rotary_factor": args.rotary_percent,
+    }
 
 
 def _window(args: argparse.Namespace, pattern: str) -> dict[str, object]:

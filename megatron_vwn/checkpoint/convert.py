@@ -20,6 +20,7 @@ from megatron_vwn.checkpoint.model_card import ARGUMENTS, write_model_card
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, write_torch_dist
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
+from megatron_vwn.training.defaults import megatron_defaults
 
 Progress = Callable[[Iterable[str], str], Iterable[str]]
 """Wraps the keys that are worked through; given what is being done."""
@@ -127,7 +128,8 @@ def write_megatron(
         config: the model.
         tensors: every tensor of the Hugging Face model, without the head of a tied one.
         read: gives one of them.
-        arguments: what Megatron is to find as the arguments of the run; ``transformer_impl`` decides some names.
+        arguments: what Megatron is to find as the arguments of the run, beside its defaults; ``transformer_impl``
+            decides some names.
         progress: see Progress.
     """
     engine = arguments.transformer_impl == "transformer_engine"
@@ -137,6 +139,7 @@ def write_megatron(
     for key in keys:
         whole = mapping.from_hf(key, empty.__getitem__, config)
         wanted[key] = TensorInfo(tuple(whole.shape), whole.dtype)
+    arguments = argparse.Namespace(**(megatron_defaults() | vars(arguments)))
     arguments.consumed_train_samples = arguments.consumed_valid_samples = arguments.skipped_train_samples = 0
     bar = iter(progress(keys, "to Megatron"))
 

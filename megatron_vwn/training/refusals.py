@@ -6,11 +6,9 @@ stays Megatron's; rows repeat one of its assertions only where the virtual width
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import (
     Symbols,
@@ -18,9 +16,9 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
     get_hybrid_total_pipeline_segment_count,
 )
 from megatron.core.transformer.enums import AttnBackend
-from megatron.training.arguments import add_megatron_arguments
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.defaults import megatron_defaults
 from megatron_vwn.training.layer_rules import LAYER_RULES, pattern_of
 
 Args = argparse.Namespace
@@ -318,14 +316,8 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
 
 def _refuse_changed(args: Args, table: _Patterns) -> None:
     """Refuse the first argument of the table's patterns that has not its default."""
-    defaults = _defaults(os.environ.get("WORLD_SIZE"))
+    defaults = megatron_defaults()
     for reason, patterns in table.items():
         for name, value in vars(args).items():
             if name in defaults and value != defaults[name] and any(fnmatchcase(name, each) for each in patterns):
                 raise VirtualWidthError(f"--{_SPELLED_DIFFERENTLY.get(name, name).replace('_', '-')} {reason}")
-
-
-@cache
-def _defaults(world_size: str | None) -> dict[str, object]:
-    """What Megatron's parser gives to arguments that are not typed; one of them is the environment's world size."""
-    return vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([]))

@@ -1,0 +1,18 @@
+"""Megatron's arguments when nothing is typed."""
+
+import argparse
+import os
+from functools import cache
+
+from megatron.training.arguments import add_megatron_arguments
+
+
+def megatron_defaults() -> dict[str, object]:
+    """What Megatron's parser gives to every argument that is not typed, before validation derives further ones."""
+    return _of_world(os.environ.get("WORLD_SIZE"))
+
+
+@cache
+def _of_world(world_size: str | None) -> dict[str, object]:
+    """One of them is the environment's world size."""
+    return vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([]))

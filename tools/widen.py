@@ -1,0 +1,93 @@
+"""vwn-widen: give a trained ordinary model a virtual width; it computes the same function and trains on.
+
+    vwn-widen SOURCE MEGATRON --vwn-m M --vwn-n N [--vwn-...]
+
+SOURCE is a Megatron HybridModel checkpoint or a Hugging Face folder of Llama, Qwen3 or Qwen3-MoE.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_vwn.checkpoint.arguments import megatron_arguments
+from megatron_vwn.checkpoint.convert import write_megatron
+from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole
+from megatron_vwn.checkpoint.torch_dist import TorchDistReader
+from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.training.arguments import add_arguments, virtual_width_from_args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Widen one model; returns the exit code."""
+    try:
+        _widen(_parser().parse_args(argv))
+    except VirtualWidthError as refusal:
+        print(f"vwn-widen: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vwn-widen: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _widen(options: argparse.Namespace) -> None:
+    if options.vwn_reduce_norm:
+        raise VirtualWidthError("--vwn-reduce-norm would change the function: leave it out.")
+    options.vwn_reduce_norm = False
+    virtual_width = virtual_width_from_args(options)
+    if (options.source / "config.json").exists():
+        model, arguments = from_hugging_face(SafetensorsReader(options.source)), {}
+    else:
+        source = TorchDistReader(options.source)
+        model, arguments = from_megatron(source), vars(source.arguments)
+    if model.further and options.further_predictions is None:
+        raise VirtualWidthError(
+            f"{options.source} predicts further tokens with a dense fusion that a virtual width does not have: give "
+            "--further-predictions drop, or fresh to keep their layers and begin the fusion anew."
+        )
+    fresh = bool(model.further) and options.further_predictions == "fresh"
+    config, tensors, read = widen(model, virtual_width, fresh_predictions=fresh)
+    arguments = arguments | megatron_arguments(config)
+    arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl", "transformer_engine")
+    with appearing_whole(options.target, overwrite=options.overwrite) as folder:
+        write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=_bar)
+    print(f"{options.target}: the function of {options.source} with r = {float(virtual_width.expansion):g}", end="")
+    if model.further:
+        print(
+            f"; the fusion of its further predictions was {'begun anew' if fresh else 'dropped, with their layers'}",
+            end="",
+        )
+    print(".")
+
+
+def _bar(keys, description: str):
+    return tqdm(keys, desc=description, unit="tensor", disable=None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vwn-widen",
+        description=__doc__.splitlines()[0],
+        epilog="--vwn-reduce-norm is not available: it would change the function.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a Megatron checkpoint or a Hugging Face folder")
+    parser.add_argument("target", type=Path, metavar="MEGATRON", help="the folder to write, for --load and vwn-convert")
+    parser.add_argument(
+        "--further-predictions",
+        choices=("drop", "fresh"),
+        help="what becomes of multi-token prediction, whose dense fusion cannot be kept",
+    )
+    parser.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        help="name tensors for this backend (default: the source's, or transformer_engine)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
+    return add_arguments(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
