@@ -3,8 +3,9 @@
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import fields
 
-from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.hf import VWNConfig
 
 # Fields of VWNConfig and the arguments that mean the same.
@@ -22,8 +23,8 @@ _SAME = {
     "norm_eps": "layernorm_epsilon",
     "fp32_residual_connection": "fp32_residual_connection",
     "initializer_range": "init_method_std",
-    **{f"vwn_{name}": f"vwn_{name}" for name in ("m", "n", "connection", "gate", "carry", "embedding", "reduce_norm")},
 }
+_VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name != "partition")
 _SAME_OF_EXPERTS = {
     "num_experts": "num_experts",
     "num_experts_per_tok": "moe_router_topk",
@@ -37,7 +38,6 @@ _SAME_OF_EXPERTS = {
 }
 # Arguments that change the function in a way that the Hugging Face model has not, and the value with which they do not.
 _WITHOUT_COUNTERPART = {
-    "vwn_ngrams": (),
     "multi_latent_attention": False,
     "rotary_interleaved": False,
     "no_rope_freq": None,
@@ -69,7 +69,9 @@ def hf_config(args: argparse.Namespace) -> VWNConfig:
             "the checkpoint was trained without a virtual width: give it one with vwn-widen, or convert it with the "
             "tools for ordinary models."
         )
-    return _valid(VWNConfig, **backbone(args), vwn_m=args.vwn_m, vwn_n=args.vwn_n, **_virtual_width(args))
+    # A checkpoint may be older than the latest of these settings.
+    width = {name: getattr(args, name) for name in _VIRTUAL_WIDTH if hasattr(args, name)}
+    return _valid(VWNConfig, **backbone(args), **width)
 
 
 def backbone(args: argparse.Namespace) -> dict[str, object]:
@@ -95,12 +97,12 @@ def backbone(args: argparse.Namespace) -> dict[str, object]:
             f"the further predictions {'/'.join(further)} differ, which the Hugging Face model's do not: this "
             "checkpoint cannot be converted."
         )
-    fields = {field: getattr(args, name) for field, name in _SAME.items() if not field.startswith("vwn_")}
+    model = {field: getattr(args, name) for field, name in _SAME.items()}
     if args.num_experts:
-        fields |= {field: getattr(args, name) for field, name in _SAME_OF_EXPERTS.items()}
-        fields["shared_expert_intermediate_size"] = args.moe_shared_expert_intermediate_size or 0
+        model |= {field: getattr(args, name) for field, name in _SAME_OF_EXPERTS.items()}
+        model["shared_expert_intermediate_size"] = args.moe_shared_expert_intermediate_size or 0
     act, gated = _activation(args)
-    return fields | {
+    return model | {
         "vocab_size": args.padded_vocab_size,
         "hybrid_pattern": pattern,
         "num_mtp_layers": len(further),
@@ -131,6 +133,8 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
         arguments |= {name: getattr(config, field) for field, name in _SAME_OF_EXPERTS.items()}
         arguments["moe_shared_expert_intermediate_size"] = config.shared_expert_intermediate_size or None
     return arguments | {
+        **{name: getattr(config, name) for name in _VIRTUAL_WIDTH},
+        "vwn_ngrams": tuple(config.vwn_ngrams),
         "hybrid_layer_pattern": config.hybrid_pattern + further,
         "num_layers": len(config.hybrid_pattern),
         "mtp_num_layers": config.num_mtp_layers or None,
@@ -147,14 +151,9 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
     }
 
 
-def _virtual_width(args: argparse.Namespace) -> dict[str, object]:
-    names = ("connection", "gate", "carry", "embedding", "reduce_norm")
-    return {f"vwn_{name}": getattr(args, f"vwn_{name}") for name in names}
-
-
-def _valid(build: Callable[..., VWNConfig], **fields) -> VWNConfig:
+def _valid(build: Callable[..., VWNConfig], **settings) -> VWNConfig:
     try:
-        return build(**fields)
+        return build(**settings)
     except ValueError as error:
         raise VirtualWidthError(f"the Hugging Face model cannot be described: {error}") from error
 

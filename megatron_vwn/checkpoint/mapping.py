@@ -28,6 +28,7 @@ _PREFIXES = (
     ("embedding.word_embeddings.", "model.embed_tokens."),
     ("embedding.position_embeddings.", "model.embed_positions."),
     ("embedding.expansion.", "model.embed_expansion."),
+    ("embedding.ngram_embeddings.", "model.embed_ngrams."),
     ("decoder.final_norm.", "model.norm."),
     ("decoder.reduction.", "model.reduction."),
     ("output_layer.", "lm_head."),

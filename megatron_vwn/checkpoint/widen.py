@@ -138,6 +138,10 @@ def widen(
     settings = dict(model.settings)
     if not fresh_predictions:
         settings |= {"num_mtp_layers": 0, "mtp_hybrid_pattern": ""}
+    if vw.ngrams:
+        raise VirtualWidthError(
+            "--vwn-ngrams is not available here, where no tokenizer says which token ends a document: leave it out."
+        )
     names = ("m", "n", "connection", "gate", "carry", "embedding", "reduce_norm")
     config = VWNConfig(**settings, **{f"vwn_{name}": getattr(vw, name) for name in names})
     expected = expected_hf_tensors(config)

@@ -37,6 +37,8 @@ class VWNConfig(PreTrainedConfig):
         vwn_connection: "dynamic" or "static"; vwn_gate: "tanh" or "sigmoid"; vwn_carry: "full", "identity" or
             "doubly-stochastic"; vwn_embedding: "wide", "projected" or "tiled"; vwn_reduce_norm: a group norm before the
             reduction. None means as in training: projected, and a norm where m divides n, above r = 2.
+        vwn_ngrams: lengths of the n-grams whose hashed embeddings are added to the trunk's input, which have
+            vwn_ngram_vocab rows each and do not cross the token vwn_document_end.
 
     Raises:
         ValueError: one sentence about settings that no model can have.
@@ -112,6 +114,9 @@ class VWNConfig(PreTrainedConfig):
     vwn_carry: str = "full"
     vwn_embedding: str | None = None
     vwn_reduce_norm: bool | None = None
+    vwn_ngrams: list[int] | None = None
+    vwn_ngram_vocab: int | None = None
+    vwn_document_end: int | None = None
 
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -137,6 +142,7 @@ class VWNConfig(PreTrainedConfig):
             self.vwn_embedding = "projected" if n > 2 * m else "wide"
         if self.vwn_reduce_norm is None:
             self.vwn_reduce_norm = n > 2 * m and n % m == 0
+        self.vwn_ngrams = list(self.vwn_ngrams or ())
         self._check()
         super().__post_init__(**kwargs)
 
@@ -168,6 +174,10 @@ class VWNConfig(PreTrainedConfig):
             (
                 self.vwn_reduce_norm and m >= 1 and n % m,
                 f"vwn_reduce_norm needs vwn_n to be a multiple of vwn_m, and {n} is none of {m}.",
+            ),
+            (
+                self.vwn_ngrams and None in (self.vwn_ngram_vocab, self.vwn_document_end),
+                "vwn_ngrams needs vwn_ngram_vocab and vwn_document_end.",
             ),
             (
                 symbols - set("*-E"),

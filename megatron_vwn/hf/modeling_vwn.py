@@ -37,6 +37,10 @@ from .configuration_vwn import VWNConfig
 
 SINKHORN_KAPPA = 8.0
 SINKHORN_ITERATIONS = 20
+# The polynomial hash of n-grams: no product of two numbers below the prime overflows 64 bits.
+NGRAM_PRIME = 2**31 - 1
+NGRAM_BASE = 1_103_515_245
+NO_TOKEN = -1
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -163,6 +167,32 @@ class VWNExpansion(nn.Module):
         """[..., D] to [..., N * E]."""
         copies = tile(x.unflatten(-1, (self.m, -1)), self.n).flatten(-2)
         return copies + x.to(self.weight.dtype) @ self.weight.flatten(0, 1).T / math.sqrt(x.shape[-1])
+
+
+class VWNNGramEmbedding(nn.Embedding):
+    """The sum of the hashed embeddings of the n-grams that end at each token; one table after another."""
+
+    def __init__(self, config: VWNConfig):
+        super().__init__(len(config.vwn_ngrams) * config.vwn_ngram_vocab, config.over_width)
+        self.lengths, self.rows, self.document_end = config.vwn_ngrams, config.vwn_ngram_vocab, config.vwn_document_end
+
+    def forward(self, tokens: Tensor, count: int) -> Tensor:
+        """Token ids [batch, h + count], NO_TOKEN where there is none, to embeddings [batch, count, N * E] of the last
+        ``count``; those before are only looked at."""
+        code = tokens + 1
+        codes, same_document = [code], torch.ones_like(code, dtype=torch.bool)
+        for distance in range(1, max(self.lengths)):
+            earlier = F.pad(code, (distance, 0))[:, : code.shape[1]]
+            # Once an end lies between, everything before it belongs to another document.
+            same_document = same_document & (earlier != self.document_end + 1)
+            codes.append(earlier * same_document)
+        total = 0
+        for table, length in enumerate(self.lengths):
+            hashed = torch.zeros_like(code)
+            for each in reversed(codes[:length]):
+                hashed = (hashed * NGRAM_BASE + each) % NGRAM_PRIME
+            total = total + super().forward((hashed % self.rows + table * self.rows)[:, -count:])
+        return total
 
 
 class VWNGroupNorm(nn.Module):
@@ -561,7 +591,7 @@ class VWNPreTrainedModel(PreTrainedModel):
         if isinstance(module, VWNConnection):
             for name, parameter in module.named_parameters(recurse=False):
                 (init.ones_ if name == "norm" else init.zeros_)(parameter)
-        elif isinstance(module, (VWNExpansion, VWNReduction)):
+        elif isinstance(module, (VWNExpansion, VWNReduction, VWNNGramEmbedding)):
             init.zeros_(module.weight)
         elif isinstance(module, VWNGroupNorm):
             init.ones_(module.weight)
@@ -586,6 +616,7 @@ class VWNModel(VWNPreTrainedModel):
         learned = config.position_embedding_type == "learned_absolute"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, table_width) if learned else None
         self.embed_expansion = VWNExpansion(config) if config.vwn_embedding == "projected" else None
+        self.embed_ngrams = VWNNGramEmbedding(config) if config.vwn_ngrams else None
         self.layers = build_layers(config, config.hybrid_pattern)
         self.reduction = VWNReduction(config)
         self.norm = backbone_norm(config, config.hidden_size)
@@ -618,6 +649,7 @@ class VWNModel(VWNPreTrainedModel):
         attention_mask: Tensor | dict | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
+        ngram_tokens: Tensor | None,
         **kwargs,
     ) -> tuple[Tensor, dict]:
         """All sublayers of the trunk: the last over-width state, and the arguments that every sublayer got."""
@@ -642,8 +674,10 @@ class VWNModel(VWNPreTrainedModel):
         }
         if self.rotary_emb is not None:
             layer_arguments["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids)
-        # The place of whatever is added to the trunk's input alone, such as embeddings of n-grams.
         hidden_states = self.over_width_embedding(inputs_embeds, position_ids, self.embed_expansion)
+        if ngram_tokens is not None:
+            ngrams = self.embed_ngrams(ngram_tokens, hidden_states.shape[1])
+            hidden_states = hidden_states + ngrams.to(hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **layer_arguments)
         return hidden_states, layer_arguments
@@ -658,19 +692,49 @@ class VWNModel(VWNPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        ngram_tokens: Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """As every decoder of transformers; inputs_embeds are rows of embed_tokens, before their expansion."""
+        """As every decoder of transformers; inputs_embeds are rows of embed_tokens, before their expansion.
+
+        A model with n-grams wants input_ids and, once a cache holds tokens, what ``generate`` passes: ngram_tokens
+        [batch, h + sequence], the ids of these tokens and of some before, NO_TOKEN where there is none.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        hidden_states, _ = self.run_layers(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        if self.embed_ngrams is not None and ngram_tokens is None:
+            ngram_tokens = self._ngram_tokens(
+                input_ids, attention_mask, past_key_values, in_engine="attention_instances" in kwargs
+            )
+        hidden_states, _ = self.run_layers(
+            inputs_embeds, attention_mask, position_ids, past_key_values, ngram_tokens, **kwargs
+        )
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(self.reduction(hidden_states)), past_key_values=past_key_values
         )
+
+    def _ngram_tokens(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, past: Cache | None, in_engine: bool
+    ) -> Tensor:
+        """The tokens of whole sequences; of anything else a wrong n-gram would go unnoticed."""
+        if input_ids is None:
+            raise ValueError("n-grams are of tokens: give input_ids instead of inputs_embeds.")
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError("n-grams reach back into the cache: give ngram_tokens too, as generate() does.")
+        if in_engine or self.config._attn_implementation in ("vllm", "sglang"):
+            raise ValueError("n-grams need the tokens of each request, which this engine keeps: use generate().")
+        return mask_tokens(input_ids, attention_mask)
+
+
+def mask_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """NO_TOKEN in place of padding, as far as a mask [batch, sequence] tells."""
+    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
+        return input_ids
+    return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, NO_TOKEN)
 
 
 class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
@@ -724,13 +788,24 @@ class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict:
+        """As every model's; with n-grams also the tokens that the new ones follow, always equally many."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if self.config.vwn_ngrams:
+            before = max(self.config.vwn_ngrams) - 1
+            tokens = F.pad(mask_tokens(input_ids, kwargs.get("attention_mask")), (before, 0), value=NO_TOKEN)
+            inputs["ngram_tokens"] = tokens[:, -(before + inputs["input_ids"].shape[1]) :]
+        return inputs
+
     def mtp_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Logits of each further prediction: entry k at position t is about token t + k + 2.
 
         The last k + 1 positions have no token ahead to be told and are meaningless, as in Megatron.
         """
         model = self.model
-        hidden_states, arguments = model.run_layers(model.embed_tokens(input_ids), attention_mask, None, None)
+        ngram_tokens = None if model.embed_ngrams is None else mask_tokens(input_ids, attention_mask)
+        embeddings = model.embed_tokens(input_ids)
+        hidden_states, arguments = model.run_layers(embeddings, attention_mask, None, None, ngram_tokens)
         position_ids = arguments["position_ids"]
         logits = []
         for mtp in model.mtp:

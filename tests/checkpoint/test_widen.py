@@ -110,6 +110,7 @@ def test_the_written_checkpoint_holds_the_model(sources, tmp_path, capsys):
         ({"intermediate_size": 40}, "", "has shape"),
         ({}, "--vwn-reduce-norm", "would change the function"),
         ({}, "--vwn-carry doubly-stochastic", "only approximately"),
+        ({}, "--vwn-ngrams 2 --vwn-ngram-vocab 8", "no tokenizer says"),
         ({}, "--vwn-gate relu", "tanh, sigmoid"),
     ],
 )

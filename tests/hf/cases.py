@@ -102,6 +102,17 @@ MODELS: dict[str, dict] = {
         "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "n-grams": {
+        **SMALL,
+        "hybrid_pattern": "*-*-",
+        "vwn_m": 2,
+        "vwn_n": 6,
+        "vwn_ngrams": [2, 4],
+        "vwn_ngram_vocab": 50,
+        "vwn_document_end": 7,
+        "num_mtp_layers": 1,
+        "mtp_hybrid_pattern": "*-",
+    },
     "stream in fp32": {
         **SMALL,
         "hybrid_pattern": "*-*-",
@@ -112,4 +123,6 @@ MODELS: dict[str, dict] = {
 }
 # Also run in bf16.
 HALF = ("dense, MTP twice", "experts by sigmoid", "LayerNorm, biases, learned positions, tied", "stream in fp32")
+# Serving engines do not hand on what these need.
+NGRAMS = "n-grams"
 BATCH, SEQUENCE = 2, 24

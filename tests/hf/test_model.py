@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf.cases import MODELS
+from hf.cases import MODELS, NGRAMS
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, VWNModel
@@ -38,7 +38,7 @@ def trained(model):
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad and ".mtp." not in n]
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", [*GENERATING, NGRAMS])
 def test_greedy_decoding_is_the_same_with_every_cache(name):
     model = build(name)
     mask = torch.ones_like(PROMPT)
@@ -67,7 +67,34 @@ def test_the_cache_has_a_layer_per_attention(name):
     torch.testing.assert_close(model(PROMPT[:, 5:], past_key_values=cache).logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@torch.no_grad()
+def test_ngrams_are_never_guessed():
+    model = build(NGRAMS)
+    whole, cache = model(PROMPT).logits, model(PROMPT[:, :5]).past_key_values
+    with pytest.raises(ValueError, match="give ngram_tokens too"):
+        model(PROMPT[:, 5:], past_key_values=cache)
+    rest = model(PROMPT[:, 5:], past_key_values=cache, ngram_tokens=PROMPT[:, 2:]).logits
+    torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="give input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(PROMPT))
+    # The token before an end changes nothing behind it, all others do.
+    ended, changed = PROMPT.clone(), PROMPT.clone()
+    ended[:, 3], changed[:, 3], changed[:, 2] = 7, 7, PROMPT[:, 2] + 1
+    tokens = model.model.embed_ngrams
+    assert torch.equal(tokens(ended, 5), tokens(changed, 5)) and not torch.equal(tokens(ended, 6), tokens(changed, 6))
+
+
+@torch.no_grad()
+def test_beams_keep_their_own_ngrams():
+    model, mask = build(NGRAMS), torch.ones_like(PROMPT)
+    beams = model.generate(PROMPT, attention_mask=mask, num_beams=3, max_new_tokens=12, do_sample=False)
+    again = model.generate(
+        PROMPT, attention_mask=mask, num_beams=3, max_new_tokens=12, do_sample=False, use_cache=False
+    )
+    assert torch.equal(beams, again)
+
+
+@pytest.mark.parametrize("name", [*GENERATING, NGRAMS])
 def test_left_padding_changes_nothing(name):
     model = build(name)
     short = PROMPT[:1, 4:]

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from hf.cases import MODELS
+from hf.cases import MODELS, NGRAMS
 from hf.test_model import PROMPT, build
 from torch import nn
 from transformers import AutoModel
@@ -43,7 +43,13 @@ def engine_attention(module, query, key, value, attention_mask, scaling=None, at
     return attention_instances[module.layer_idx].forward(*flat, float(scaling)), None
 
 
-@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_ngrams_are_refused_where_an_engine_mixes_requests():
+    with pytest.raises(ValueError, match=r"use generate\(\)"):
+        build(NGRAMS).model(input_ids=PROMPT[:1], use_cache=False, attention_instances={})
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != NGRAMS])
 @torch.no_grad()
 def test_the_call_of_an_engine(name, monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "engine", engine_attention)
