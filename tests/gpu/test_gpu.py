@@ -57,6 +57,13 @@ def test_a_fresh_virtual_width_computes_the_baseline(family):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
+@needs("flash_attn")
+@needs_transformer_engine
+def test_dynamic_batching_generates():
+    run = torchrun(1, TESTS / "gpu" / "session_generation.py")
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+
+
 FLAGS = """
     --hybrid-layer-pattern *-*- --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512
     --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm

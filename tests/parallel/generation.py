@@ -36,12 +36,12 @@ def generation(session: harness.Session) -> str:
     """The engine's greedy tokens, and one-token logits, are those of a full forward over everything before."""
     for model in session.models:
         model.eval()
-    sequences = _engine(session)
+    sequences = engine(session)
     greedy = 0
     for prompt, sequence in zip(PROMPTS, sequences, strict=True):
         expect(len(sequence) == len(prompt) + NEW, f"{len(sequence)} tokens after {prompt}")
         # A causal model: position t of one forward is the forward over the first t + 1 tokens.
-        best = _forward(session, sequence).argmax(-1).tolist()
+        best = forward(session, sequence).argmax(-1).tolist()
         expect(best[len(prompt) - 1 : -1] == sequence[len(prompt) :], f"{sequence} where a full forward says {best}")
         greedy += NEW
     expect(len(set(sequences[0])) > 4, f"{sequences[0]}: one token repeated proves little")
@@ -50,12 +50,14 @@ def generation(session: harness.Session) -> str:
     return f"{greedy} greedy tokens; logits of single tokens off by {error:.1e}"
 
 
-def _engine(session: harness.Session) -> list[list[int]]:
+def engine(session: harness.Session, *, legacy: bool = True) -> list[list[int]]:
+    """Prompts and greedy continuations; without ``legacy`` Megatron's dynamic batching, which needs flash attention."""
     wrapper = GPTInferenceWrapper(session.models[0], StaticInferenceContext(len(PROMPTS), SEQUENCE))
     controller = TextGenerationController(wrapper, Words())
-    engine = StaticInferenceEngine(controller, max_batch_size=len(PROMPTS), legacy=True)
+    static = StaticInferenceEngine(controller, max_batch_size=len(PROMPTS), legacy=legacy, buffer_size_gb=1)
+    expect(static.legacy == legacy, "Megatron fell back to its legacy engine")
     prompts = [" ".join(map(str, prompt)) for prompt in PROMPTS]
-    requests = engine.generate(prompts=prompts, sampling_params=SamplingParams(num_tokens_to_generate=NEW, top_k=1))
+    requests = static.generate(prompts=prompts, sampling_params=SamplingParams(num_tokens_to_generate=NEW, top_k=1))
     InferenceMode.unset_active()  # the engine leaves it on
     return [
         [*prompt, *torch.as_tensor(request.generated_tokens).tolist()]
@@ -63,7 +65,7 @@ def _engine(session: harness.Session) -> list[list[int]]:
     ]
 
 
-def _forward(session: harness.Session, sequence: list[int]) -> torch.Tensor:
+def forward(session: harness.Session, sequence: list[int]) -> torch.Tensor:
     """Logits [s, vocabulary] of an ordinary forward."""
     tokens = torch.tensor([sequence]).cuda()
     length = tokens.shape[1]
@@ -86,5 +88,5 @@ def _one_token_at_a_time(session: harness.Session, sequence: list[int]) -> float
             out = session.models[0](one, where, None, inference_context=context, runtime_gather_output=True)
             context.sequence_len_offset += 1
             logits.append(out[0, -1])
-    expected = _forward(session, sequence)
+    expected = forward(session, sequence)
     return ((torch.stack(logits) - expected).norm() / expected.norm()).item()
