@@ -2,11 +2,10 @@
 
 Needed on a GPU as much as on a CPU: the wheel lacks a Makefile that ``pretrain()`` runs, and its distributed optimizer
 cannot resume with ``torch.optim.Adam``, the fallback for FusedAdam. Each repair first looks whether it is needed and
-whether Megatron still is what it repairs. Importing this module imports Megatron: without a GPU,
-``megatron_vwn.cpu.install()`` comes first.
+whether Megatron still is what it repairs. Those of ``optimizer_fixes``, needed everywhere, are applied with them.
+Importing this module imports Megatron: without a GPU, ``megatron_vwn.cpu.install()`` comes first.
 """
 
-import inspect
 from functools import wraps
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.training import optimizer_fixes
+from megatron_vwn.training.megatron_functions import expect_function
 
 _applied = False
 
@@ -31,23 +32,14 @@ def apply() -> None:
         return
     _skip_makefile_of_dataset_helpers()
     _resume_distributed_optimizer_with_torch_adam()
+    optimizer_fixes.save_states_where_parameters_lie()
+    optimizer_fixes.load_experts_of_other_groups()
     _applied = True
-
-
-def _expect(owner, name: str, *parameters: str):
-    """The function ``owner.name``, if it still takes exactly these parameters."""
-    function = getattr(owner, name, None)
-    if function is None or tuple(inspect.signature(function).parameters) != parameters:
-        raise VirtualWidthError(
-            f"megatron-core {megatron_version} has no {owner.__name__}.{name}({', '.join(parameters)}), which "
-            "megatron_vwn.training.wheel_fixes repairs: install a 0.19 release."
-        )
-    return function
 
 
 def _skip_makefile_of_dataset_helpers() -> None:
     """Do not run ``make`` for dataset helpers that the wheel brings compiled, without the Makefile to compile them."""
-    _expect(dataset_utils, "compile_helpers")
+    expect_function(dataset_utils, "compile_helpers")
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError:
@@ -75,9 +67,11 @@ def _resume_distributed_optimizer_with_torch_adam() -> None:
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     optimizer_class = distrib_optimizer.DistributedOptimizer
-    state_dict = _expect(optimizer_class, "state_dict", "self")
-    load_state_dict = _expect(optimizer_class, "load_state_dict", "self", "state_dict")
-    set_states = _expect(optimizer_class, "_set_main_param_and_optimizer_states", "self", "model_param", "tensors")
+    state_dict = expect_function(optimizer_class, "state_dict", "self")
+    load_state_dict = expect_function(optimizer_class, "load_state_dict", "self", "state_dict")
+    set_states = expect_function(
+        optimizer_class, "_set_main_param_and_optimizer_states", "self", "model_param", "tensors"
+    )
 
     @wraps(state_dict)
     def state_dict_of_fresh_optimizer_too(self):

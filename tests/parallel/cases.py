@@ -281,13 +281,32 @@ TRAINING: dict[str, tuple[Layout, Case]] = {
     "TP2+SP distributed optimizer": (Layout(tp=2, sequence_parallel=True, distributed_optimizer=True), Case()),
 }
 
-# Saved at TP2+SP with the distributed optimizer, loaded here.
-RESHARDING: dict[str, tuple[Layout, Case]] = {
-    "TP1": (Layout(distributed_optimizer=True), Case()),
-    "PP2": (Layout(pp=2, distributed_optimizer=True), Case()),
-    "TP2 width": (Layout(tp=2, distributed_optimizer=True), Case()),
-    "TP2 replicated": (Layout(tp=2, distributed_optimizer=True), Case(virtual_width=stream(partition="replicated"))),
+# name -> (layout that saves, layout that loads, case in both): with the distributed optimizer in all.
+DENSE = Case(pattern="*-*-/*-", virtual_width=stream(**NGRAMS))
+TP2_SP_PP2 = Layout(tp=2, pp=2, sequence_parallel=True)
+RESHARDING: dict[str, tuple[Layout, Layout, Case]] = {
+    name: (TP2_SP, layout, case)
+    for name, layout, case in (
+        ("TP1", Layout(), DENSE),
+        ("TP2 width", TP2, DENSE),
+        ("TP2 replicated", TP2, Case(DENSE.pattern, stream(partition="replicated", **NGRAMS))),
+        ("PP2", PP2, DENSE),
+        ("PP2 x VPP2", PP2_VPP2, DENSE),
+        ("TP2 width x PP2", Layout(tp=2, pp=2), DENSE),
+        ("TP2+SP x PP2", TP2_SP_PP2, DENSE),
+    )
+} | {
+    f"experts, {name}": (EP2, layout, FURTHER)
+    for name, layout in (
+        ("EP1", Layout()),
+        ("PP2 x VPP2", PP2_VPP2),
+        ("EP2 x PP2", Layout(ep=2, pp=2)),
+        ("EP2 x TP2+SP", EP2_TP2_SP),
+        ("TP2+SP x PP2", TP2_SP_PP2),
+    )
 }
+# And from one optimizer to the two that Megatron has where experts have a data-parallel group of their own.
+RESHARDING["experts, EP1 to EP2"] = (Layout(), EP2, FURTHER)
 
 # (m, n, reduction norm): function-preserving without the norm; with it only at a vanishing norm eps.
 BIRTH: dict[str, tuple[int, int, bool]] = {

@@ -10,17 +10,14 @@ megatron_vwn.cpu.install()
 
 import dataclasses  # noqa: E402
 import json  # noqa: E402
-import shutil  # noqa: E402
 import sys  # noqa: E402
-import tempfile  # noqa: E402
 import traceback  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from parallel import harness  # noqa: E402
+from parallel import harness, resharding  # noqa: E402
 from parallel.cases import (  # noqa: E402
     ALONE,
     BIRTH,
@@ -31,7 +28,6 @@ from parallel.cases import (  # noqa: E402
     PARITY,
     RANKS,
     RESHARDING,
-    TP2_SP,
     TRAINING,
     Case,
     Layout,
@@ -65,9 +61,9 @@ def reference(case: Case):
     return parameters, losses, gradients
 
 
-def losses_of(session: harness.Session) -> list[float]:
+def losses_of(session: harness.Session, step: int = 0) -> list[float]:
     """Forward and backward of one global batch: the loss of the next token and of each further one."""
-    loss = harness.forward_backward(session)
+    loss = harness.forward_backward(session, step)
     return [loss, *(harness.further_losses(session) if session.config.mtp_num_layers else [])]
 
 
@@ -122,7 +118,7 @@ def train(session: harness.Session, optimizer, steps: range) -> list[float]:
     for step in steps:
         # Without it the fp32 optimizer's p.grad is still main_grad, and the next backward adds it to itself.
         optimizer.zero_grad()
-        losses.append(harness.forward_backward(session, step))
+        losses += losses_of(session, step)
         successful, _, _ = optimizer.step()
         expect(successful, "a step was skipped")
     return losses
@@ -143,43 +139,30 @@ def replicas(layout: Layout, case: Case) -> str:
     return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
 
 
-def _checkpoint(session: harness.Session, optimizer, *, is_loading: bool) -> dict:
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": session.groups.dp_cp}
-    state = {
-        f"model{i}": model.sharded_state_dict(prefix="", metadata=metadata) for i, model in enumerate(session.models)
-    }
-    merged = {key: value for part in state.values() for key, value in part.items()}
-    optimizer_state = optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=metadata)
-    return {**state, "optimizer": optimizer_state}
-
-
 @cache
-def saved() -> tuple[str, list[float]]:
-    """Four steps at TP2+SP with the distributed optimizer, a checkpoint, and the losses of the four steps after it."""
-    parameters, _, _ = reference(Case())
-    session = harness.build(dataclasses.replace(TP2_SP, distributed_optimizer=True), Case(), seed=2)
+def saved(layout: Layout, case: Case) -> tuple[Path, list[float], dict[str, torch.Tensor]]:
+    """A checkpoint after four steps, the losses of the two steps after it and the parameters at the end."""
+    parameters, _, _ = reference(case)
+    session = harness.build(dataclasses.replace(layout, distributed_optimizer=True), case, seed=2)
     harness.load_globals(session, parameters)
     optimizer = optimizer_of(session)
     train(session, optimizer, range(4))
-    folder = [tempfile.mkdtemp(prefix="vwn-checkpoint-") if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(folder)
-    dist_checkpointing.save(_checkpoint(session, optimizer, is_loading=False), folder[0])
-    torch.distributed.barrier()
-    return folder[0], train(session, optimizer, range(4, 8))
+    folder = resharding.save(session, optimizer)
+    losses = train(session, optimizer, range(4, 6))
+    return folder, losses, harness.collect(session)[0]
 
 
-def resharding(layout: Layout, case: Case) -> str:
-    """A TP2+SP checkpoint, optimizer included, goes on in another layout with the same losses."""
-    folder, expected = saved()
-    session = harness.build(layout, case, seed=5)
+def reshard(saving: Layout, layout: Layout, case: Case) -> str:
+    """A checkpoint of one layout, loaded in another, is saved the same to the last bit and trained on the same."""
+    folder, losses, parameters = saved(saving, _without_layout(case))
+    session = harness.build(dataclasses.replace(layout, distributed_optimizer=True), case, seed=5)
     optimizer = optimizer_of(session)
-    loaded = dist_checkpointing.load(_checkpoint(session, optimizer, is_loading=True), folder)
-    for i, model in enumerate(session.models):
-        model.load_state_dict(loaded[f"model{i}"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    losses = train(session, optimizer, range(4, 8))
-    errors = {f"step {i}": abs(a - e) / e for i, (a, e) in enumerate(zip(losses, expected, strict=True), 5)}
-    return within(errors, 1e-5)
+    resharding.restore(session, optimizer, folder)
+    different = resharding.differences(folder, resharding.save(session, optimizer))
+    expect(not different, f"not what was loaded: {different}")
+    actual = train(session, optimizer, range(4, 6))
+    errors = {f"loss {i}": abs(a - e) / e for i, (a, e) in enumerate(zip(actual, losses, strict=True))}
+    return within(errors | harness.relative_errors(harness.collect(session)[0], parameters), 1e-5)
 
 
 def birth(m: int, n: int, reduce_norm: bool) -> str:
@@ -335,7 +318,7 @@ def check(name: str) -> str:
         case "replicas":
             return replicas(*TRAINING[rest])
         case "resharding":
-            return resharding(*RESHARDING[rest])
+            return reshard(*RESHARDING[rest])
         case "birth":
             return birth(*BIRTH[rest])
         case "birth with MTP":
@@ -376,8 +359,7 @@ def main(report: Path, wanted: list[str]) -> None:
         if torch.distributed.get_rank() == 0:
             record(report, outcome)
         torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0 and saved.cache_info().currsize:
-        shutil.rmtree(saved()[0])
+    resharding.remove()
     torch.distributed.destroy_process_group()
 
 
