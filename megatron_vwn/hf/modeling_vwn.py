@@ -792,9 +792,12 @@ class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
         """As every model's; with n-grams also the tokens that the new ones follow, always equally many."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if self.config.vwn_ngrams:
+            cached, new = kwargs.get("past_key_values"), inputs["input_ids"].shape[1]
+            if cached is not None and int(cached.get_seq_length()) != input_ids.shape[1] - new:
+                raise ValueError("n-grams look back: give generate() the whole sequence, and no prefill_chunk_size.")
             before = max(self.config.vwn_ngrams) - 1
             tokens = F.pad(mask_tokens(input_ids, kwargs.get("attention_mask")), (before, 0), value=NO_TOKEN)
-            inputs["ngram_tokens"] = tokens[:, -(before + inputs["input_ids"].shape[1]) :]
+            inputs["ngram_tokens"] = tokens[:, -(before + new) :]
         return inputs
 
     def mtp_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:

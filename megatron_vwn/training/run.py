@@ -29,7 +29,7 @@ from megatron_vwn.training.data_checks import check_data, check_vocabulary, data
 from megatron_vwn.training.machine_flags import complete_command_line, describe, needed_flags
 from megatron_vwn.training.model_config import VirtualWidthModelConfig, model_config_from_args
 from megatron_vwn.training.refusals import refuse_unsupported, refuse_yaml
-from megatron_vwn.training.resume import refuse_other_virtual_width
+from megatron_vwn.training.resume import refuse_other_model
 
 _REFUSED = 2
 # More than the first rank of a node may lag behind the others while they import Megatron from a slow file system.
@@ -53,6 +53,7 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
         if virtual_width is not None and virtual_width.ngrams:
             virtual_width = replace(virtual_width, document_end=get_tokenizer().eod)
             record_virtual_width(args, virtual_width)
+            refuse_other_model(args, virtual_width)
         if _first_of_node():
             for prefix in data_prefixes(args):
                 check_vocabulary(prefix, get_tokenizer())
@@ -99,11 +100,13 @@ def prepare(argv: Sequence[str], *, gpu: bool) -> tuple[argparse.Namespace, Virt
     virtual_width = virtual_width_from_args(args)
     if virtual_width is not None:
         record_virtual_width(args, virtual_width)
-    start = refuse_other_virtual_width(args, virtual_width)
+    start = refuse_other_model(args, virtual_width)
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
-    refuse_unsupported(args, virtual_width)
+        start = refuse_other_model(args, virtual_width, complete=True)
+    with _quoting_megatron():
+        refuse_unsupported(args, virtual_width)
     if _first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
         check_data(args)
     with _quoting_megatron():
@@ -168,6 +171,8 @@ def _quoting_megatron() -> Iterator[None]:
     """Turn what Megatron's own validation raises, often a bare assertion, into one sentence that quotes it."""
     try:
         yield
+    except VirtualWidthError:
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split()).rstrip(".") or frame.line

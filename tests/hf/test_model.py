@@ -77,6 +77,8 @@ def test_ngrams_are_never_guessed():
     torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="give input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(PROMPT))
+    with pytest.raises(ValueError, match="no prefill_chunk_size"):
+        greedy(model, PROMPT, 4, attention_mask=torch.ones_like(PROMPT), prefill_chunk_size=3)
     # The token before an end changes nothing behind it, all others do.
     ended, changed = PROMPT.clone(), PROMPT.clone()
     ended[:, 3], changed[:, 3], changed[:, 2] = 7, 7, PROMPT[:, 2] + 1

@@ -16,8 +16,8 @@ from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.models import hybrid  # noqa: E402
 
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.training import model_config, run  # noqa: E402
+from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError  # noqa: E402
+from megatron_vwn.training import model_config, resume, run  # noqa: E402
 
 
 def prepare(argv):
@@ -32,6 +32,15 @@ def prepare(argv):
         return {"error": repr(error)}
     lines = [line for line in said.getvalue().splitlines() if line.startswith("megatron_vwn: ")]
     return {"said": lines, "virtual_width": virtual_width is not None, "transformer_impl": args.transformer_impl}
+
+
+def other_document_end():
+    """The sentence about a tokenizer that ends documents with another token than the checkpoint's n-grams know."""
+    saved, current = (VirtualWidthConfig(m=1, n=2, ngrams=(2,), ngram_vocab=8, document_end=end) for end in (3, 4))
+    try:
+        resume._compare("folder", saved, current)
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
 
 
 def exit_code(outcome):
@@ -94,6 +103,7 @@ def backbone_difference(argv, virtual_width_flags):
 def main(cases_file, results_file):
     cases = json.loads(Path(cases_file).read_text())
     results = {name: prepare(argv) for name, argv in cases["argv"].items()}
+    results["other document end"] = other_document_end()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()

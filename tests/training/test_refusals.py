@@ -180,6 +180,7 @@ def prepared(checkpoint, tmp_path_factory):
     argv["tied"].remove("--untie-embeddings-and-output-weights")
     argv["yaml"] = [*run, *WIDE, "--yaml-cfg", str(yaml)]
     argv["ordinary fp32 stream"] = [*run, "--bf16", "--fp32-residual-connection"]
+    argv["unknown symbol"] = [*run, *WIDE, "--hybrid-layer-pattern", "*-X-"]
     argv["experts with biases"] = [*run, *WIDE, "--hybrid-layer-pattern", "*E", "--num-experts", "2"]
     argv["experts with biases"].remove("--disable-bias-linear")
     for name, source, flags in (
@@ -187,6 +188,9 @@ def prepared(checkpoint, tmp_path_factory):
         ("other partition", "wide", [*WIDE, "--vwn-partition", "replicated"]),
         ("other n", "wide", ["--vwn-m", "2", "--vwn-n", "8"]),
         ("other gate and norm", "wide", [*WIDE, "--vwn-gate", "sigmoid", "--no-vwn-reduce-norm"]),
+        ("other norms", "wide", [*WIDE, "--qk-layernorm"]),
+        ("other rotary base", "wide", [*WIDE, "--rotary-base", "77"]),
+        ("fine-tuning", "wide", [*WIDE, "--finetune"]),
         ("ordinary from wide", "wide", []),
         ("wide from ordinary", "ordinary", WIDE),
         ("ordinary from ordinary", "ordinary", []),
@@ -237,6 +241,9 @@ def test_refused_for_every_model(prepared, flags, model):
         ("yaml", ["--yaml-cfg"]),
         ("ordinary fp32 stream", ["--fp32-residual-connection", "Transformer Engine"]),
         ("experts with biases", ["--disable-bias-linear"]),
+        ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
+        ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
+        ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
         ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
         ("other gate and norm", ["--vwn-gate tanh --vwn-reduce-norm", "--vwn-gate sigmoid --no-vwn-reduce-norm"]),
         ("ordinary from wide", ["trained with --vwn-m 2 --vwn-n 6", "started without a virtual width"]),
@@ -262,11 +269,15 @@ def test_accepted(prepared, case):
         ("resume", "training resumes from iteration 2"),
         ("other partition", "training resumes from iteration 2"),
         ("ordinary from ordinary", "training resumes from iteration 2"),
+        ("fine-tuning", "training starts from iteration 0 with the weights in"),
+        ("other rotary base", "it changes the model's function: rotary_base 10000 -> 77"),
         ("empty", "holds no checkpoint: training starts from the beginning"),
     ],
 )
 def test_says_where_training_starts(prepared, case, words):
     assert any(words in line for line in prepared[case]["said"])
+    changes = any("changes the model's function" in line for line in prepared[case]["said"])
+    assert changes == (case == "other rotary base")
 
 
 def test_says_what_is_trained_and_which_flags_were_added(prepared):
