@@ -6,18 +6,28 @@ SOURCE is a Megatron HybridModel checkpoint or a Hugging Face folder of Llama, Q
 """
 
 import argparse
+import logging
+import shlex
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from megatron_vwn.checkpoint.arguments import megatron_arguments
-from megatron_vwn.checkpoint.convert import write_megatron
-from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole
-from megatron_vwn.checkpoint.torch_dist import TorchDistReader
-from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen
-from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.training.arguments import add_arguments, virtual_width_from_args
+# What Megatron would train faster with, and that nobody else takes part: neither concerns a conversion.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+from megatron_vwn.checkpoint.arguments import megatron_arguments  # noqa: E402
+from megatron_vwn.checkpoint.convert import write_megatron  # noqa: E402
+from megatron_vwn.checkpoint.flags import command_line  # noqa: E402
+from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
+from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
+from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen  # noqa: E402
+from megatron_vwn.config import VirtualWidthError  # noqa: E402
+from megatron_vwn.training.arguments import add_arguments, virtual_width_from_args  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 def _widen(options: argparse.Namespace) -> None:
     if options.vwn_reduce_norm:
         raise VirtualWidthError("--vwn-reduce-norm would change the function: leave it out.")
-    options.vwn_reduce_norm = False
     virtual_width = virtual_width_from_args(options)
+    if virtual_width is None:
+        raise VirtualWidthError("no virtual width was given: add --vwn-m and --vwn-n.")
+    virtual_width = replace(virtual_width, reduce_norm=False)
     if (options.source / "config.json").exists():
         model, arguments = from_hugging_face(SafetensorsReader(options.source)), {}
     else:
@@ -50,17 +62,19 @@ def _widen(options: argparse.Namespace) -> None:
         )
     fresh = bool(model.further) and options.further_predictions == "fresh"
     config, tensors, read = widen(model, virtual_width, fresh_predictions=fresh)
-    arguments = arguments | megatron_arguments(config)
+    dtype = tensors["model.embed_tokens.weight"].dtype
+    model_arguments = megatron_arguments(config) | {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    arguments = arguments | model_arguments | {"params_dtype": dtype}
     arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl", "transformer_engine")
-    with appearing_whole(options.target, overwrite=options.overwrite) as folder:
+    with appearing_whole(options.target, overwrite=options.overwrite, sources=[options.source]) as folder:
         write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=_bar)
-    print(f"{options.target}: the function of {options.source} with r = {float(virtual_width.expansion):g}", end="")
+    further = ""
     if model.further:
-        print(
-            f"; the fusion of its further predictions was {'begun anew' if fresh else 'dropped, with their layers'}",
-            end="",
-        )
-    print(".")
+        further = "; its further predictions " + ("begin with a new fusion" if fresh else "are gone")
+    print(f"{options.target}: the function of {options.source} with r = {float(virtual_width.expansion):g}{further}.")
+    print("Train on with these and your training flags; ranks that do not divide the vocabulary pad it with new rows:")
+    words = command_line(model_arguments | {"transformer_impl": arguments["transformer_impl"]})
+    print("   ", shlex.join(["--load", str(options.target), *words]))
 
 
 def _bar(keys, description: str):

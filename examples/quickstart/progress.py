@@ -12,6 +12,8 @@ _FURTHER_LOSS = re.compile(r"(mtp_\d+ loss): ([\d.E+-]+)")
 _VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: ([\d.E+-]+)")
 _OURS = re.compile(r"^megatron_vwn(?:\.cpu)?: (.*)")
 _TAIL = 25
+# From a launch to the first step, mostly imports; only for the estimate of what remains.
+_START_SECONDS = 20
 # One thread per rank: they share the machine. Megatron wants the second for tensor parallelism on a GPU.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -24,17 +26,23 @@ class Clock:
     """Time since the start, and an estimate of what remains of all runs.
 
     Args:
-        work: what all runs will still cost together, in a unit of the caller's choice.
+        work: what the steps of all runs will still cost together, in a unit of the caller's choice.
+        starts: how often a run will be started.
+        end: seconds from the last step to the end.
     """
 
-    def __init__(self, work: float):
+    def __init__(self, work: float, starts: int = 0, end: float = 0.0):
         self._start = time.monotonic()
-        self._work = work
+        self._work, self._starts, self._end = work, starts, end
 
     @property
     def elapsed(self) -> str:
         """Time since the start."""
         return minutes(time.monotonic() - self._start)
+
+    def finish_start(self) -> None:
+        """State that a run makes steps now."""
+        self._starts -= 1
 
     def finish(self, work: float) -> None:
         """State that so much of the work is behind us."""
@@ -42,7 +50,7 @@ class Clock:
 
     def remaining(self, seconds: float, work: float) -> str:
         """Time for all that remains if this much work takes so many seconds."""
-        return minutes(self._work * seconds / work)
+        return minutes(self._work * seconds / work + self._starts * _START_SECONDS + self._end)
 
     def say(self, name: str, text: str) -> None:
         """Print one line of progress."""
@@ -95,19 +103,24 @@ def train(folder: Path, command: Sequence[str], until: int, clock: Clock, step_c
         clock.say(folder.name, f"step {until} was reached earlier")
         return
     folder.mkdir(exist_ok=True)
-    log = folder / "log.txt"
+    log, first_step_began = folder / "log.txt", None
     clock.say(folder.name, f"{'resuming from' if first else 'starting at'} step {first}; the full log is {log}")
     for line in run_logged(command, log):
         if said := _OURS.match(line):
             clock.say(folder.name, said[1])
         elif step := _STEP.search(line):
             clock.finish((int(step[1]) - done) * step_cost)
-            done, seconds = int(step[1]), float(step[3]) / 1e3
+            done, seconds, now = int(step[1]), float(step[3]) / 1e3, time.monotonic()
+            if first_step_began is None:
+                clock.finish_start()
+                first_step_began = now - (done - first) * seconds
+            # Megatron's time per step leaves out validations and checkpoints, which what remains will have too.
+            pace = (now - first_step_began) / (done - first)
             further = "".join(f"  {name} {float(loss):.4f}" for name, loss in _FURTHER_LOSS.findall(line))
             clock.say(
                 folder.name,
                 f"step {done:4}/{step[2]}  loss {float(step[4]):.4f}{further}  {seconds * 1e3:5.0f} ms/step  "
-                f"left: this run {minutes((until - done) * seconds)}, all {clock.remaining(seconds, step_cost)}",
+                f"left: this run {minutes((until - done) * pace)}, all {clock.remaining(pace, step_cost)}",
             )
         elif validation := _VALIDATION.search(line):
             clock.say(folder.name, f"step {int(validation[1]):4}  validation loss {float(validation[2]):.4f}")

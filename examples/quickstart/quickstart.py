@@ -1,4 +1,4 @@
-"""Train one small model with and without a virtual width on the same tokens and compare them.
+"""Train one small model with and without a virtual width on the same tokens, export both and compare them.
 
 Called by run.sh. Everything is written to examples/quickstart/out; starting again goes on where it stopped.
 """
@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from evaluation import FOLDER, evaluate, quote
 from progress import Clock, RunFailedError, last_checkpoint, run_logged, train
 from recipes import DEFAULT, RECIPES, megatron_flags, this_machine
 from report import summarise
@@ -19,12 +20,15 @@ ROOT = Path(__file__).parent.parent.parent
 TEXT = Path("examples/quickstart/data/austen.txt.xz")
 OUT = Path("examples/quickstart/out")
 DATA = OUT / "data" / "austen"
+VALIDATION_FRACTION = 0.05
 # Time of a step with a virtual width in steps without; only for the estimate of what remains.
 WIDE_STEP_COST = 1.4
+# Time of exports and evaluation on two CPU cores; likewise.
+EVALUATION_SECONDS = 45
 
 
 def main() -> int:
-    """Prepare, train, resume, report; returns the exit code."""
+    """Prepare, train, resume, export, evaluate, report; returns the exit code."""
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", choices=RECIPES, default=DEFAULT, help="what to train (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget what the recipe trained earlier and start over")
@@ -33,28 +37,35 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the ranks too
     recipe, machine, results = RECIPES[options.recipe], this_machine(), results_folder(options.recipe)
     baseline, wide, settings = results / "baseline", results / "virtual-width", results / "settings.json"
+    evaluation_log = results / "evaluation.txt"
     if options.fresh:
-        forget(baseline, wide, settings)
+        forget(baseline, wide, settings, evaluation_log)
     results.mkdir(parents=True, exist_ok=True)
     flags, steps = megatron_flags(recipe, machine, str(DATA), str(DATA.parent / "index")), recipe.steps[machine.kind]
-    costs = {baseline: 1.0, wide: WIDE_STEP_COST}
-    clock = Clock(sum(cost * (steps - last_checkpoint(folder)) for folder, cost in costs.items()))
+    half = steps // 2
+    work = sum(cost * (steps - last_checkpoint(run)) for run, cost in ((baseline, 1.0), (wide, WIDE_STEP_COST)))
+    starts = sum(last_checkpoint(run) < until for run, until in ((baseline, steps), (wide, half), (wide, steps)))
+    clock = Clock(work, starts, EVALUATION_SECONDS)
     try:
         keep_settings(settings, [flags, recipe.virtual_width])
         prepare_data(clock)
         train(baseline, command(machine.ranks, flags, baseline), steps, clock)
         # Interrupted half-way on purpose: a checkpoint is worth something only if training goes on from it.
-        wide_command, half = command(machine.ranks, [*flags, *recipe.virtual_width.split()], wide), steps // 2
+        wide_command = command(machine.ranks, [*flags, *recipe.virtual_width.split()], wide)
         train(wide, [*wide_command, "--exit-interval", str(half)], half, clock, WIDE_STEP_COST)
         train(wide, wide_command, steps, clock, WIDE_STEP_COST)
+        held_out = evaluate(baseline, wide, f"{DATA}_valid", evaluation_log, clock)
     except RunFailedError as failure:
         print(f"quickstart: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("quickstart: interrupted; start again to go on from the last checkpoint.", file=sys.stderr)
         return 130
-    print(summarise(baseline, wide, recipe.virtual_width, machine.tokens_per_step))
+    bits = tuple(each["bits_per_byte"] for each in held_out)
+    print(summarise(baseline, wide, recipe.virtual_width, machine.tokens_per_step, bits))
+    print(quote(["baseline", recipe.virtual_width], held_out))
     print(f"Logs, event files and checkpoints: {baseline} and {wide}.")
+    print(f"Hugging Face folders: {results}/*/{FOLDER}; examples/evaluate runs lm-eval on them.")
     print(f"Curves: .venv/bin/tensorboard --logdir {results}")
     print(f"This took {clock.elapsed}.")
     return 0
@@ -89,7 +100,7 @@ def prepare_data(clock: Clock) -> None:
     clock.say("data", f"training a tokenizer on {TEXT} and encoding it")
     DATA.parent.mkdir(parents=True, exist_ok=True)
     program = [sys.executable, "-m", "megatron_vwn_tools.prepare_data", str(TEXT), "--output", str(DATA)]
-    options = ["--train-tokenizer", "4096", "--validation-fraction", "0.05", "--overwrite"]
+    options = ["--train-tokenizer", "4096", "--validation-fraction", str(VALIDATION_FRACTION), "--overwrite"]
     for line in run_logged([*program, *options], DATA.with_name("log.txt")):
         clock.say("data", line)
 

@@ -62,7 +62,9 @@ def step_of_loss(curve: dict[int, float], loss: float) -> float | None:
     return None
 
 
-def summarise(baseline: Path, wide: Path, virtual_width: str, tokens_per_step: int) -> str:
+def summarise(
+    baseline: Path, wide: Path, virtual_width: str, tokens_per_step: int, bits_per_byte: tuple[float, float]
+) -> str:
     """The closing table."""
     curves = [read_scalar(folder, VALIDATION_LOSS) for folder in (baseline, wide)]
     final = [curve[max(curve)] for curve in curves]
@@ -75,6 +77,7 @@ def summarise(baseline: Path, wide: Path, virtual_width: str, tokens_per_step: i
     rows = [
         ("", "baseline", virtual_width),
         ("final validation loss", f"{final[0]:.4f}", f"{final[1]:.4f}"),
+        ("held-out bits per byte", *(f"{bits:.4f}" for bits in bits_per_byte)),
         *((f"{tag} in training", f"{loss:.4f}", f"{further[1][tag]:.4f}") for tag, loss in further[0].items()),
         ("tokens to the baseline's final loss", f"{tokens:,}", needed),
         ("time per step (median)", f"{seconds[0] * 1e3:.0f} ms", f"{seconds[1] * 1e3:.0f} ms"),

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Callable
 from dataclasses import fields
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
@@ -38,6 +37,7 @@ _SAME_OF_EXPERTS = {
 }
 # Arguments that change the function in a way that the Hugging Face model has not, and the value with which they do not.
 _WITHOUT_COUNTERPART = {
+    "spec": None,
     "multi_latent_attention": False,
     "rotary_interleaved": False,
     "no_rope_freq": None,
@@ -46,15 +46,30 @@ _WITHOUT_COUNTERPART = {
     "softmax_type": "vanilla",
     "qk_l2_norm": False,
     "experimental_attention_variant": None,
-    "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
     "quick_geglu": False,
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "moe_router_num_groups": None,
+    # Random or biased routing, for measurements of speed.
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None,
+    # Rows of gate and up in turn, in blocks of so many.
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
     "moe_latent_size": None,
     "moe_apply_probs_on_input": False,
     "mtp_use_repeated_layer": False,
     "use_mup": False,
+}
+# Not among them, because a model in use does without: dropout, moe_input_jitter_eps, and moe_expert_capacity_factor,
+# with which a token's experts would depend on the other tokens of its batch. Losses, precision and kernels (fp8,
+# attention_softmax_in_fp32, apply_query_key_layer_scaling, ...) do not change what is computed, mtp_detach_heads only
+# what is trained; heterogeneous and relative layers and use_rope_scaling are read by other models than a HybridModel.
+_NO_SUCH_ROUTING = {
+    "sinkhorn": "looks at a whole batch",
+    "quantile_balancing": "chooses experts by thresholds that are no part of the model",
 }
 
 
@@ -71,7 +86,7 @@ def hf_config(args: argparse.Namespace) -> VWNConfig:
         )
     # A checkpoint may be older than the latest of these settings.
     width = {name: getattr(args, name) for name in _VIRTUAL_WIDTH if hasattr(args, name)}
-    return _valid(VWNConfig, **backbone(args), **width)
+    return valid_config(**backbone(args), **width)
 
 
 def backbone(args: argparse.Namespace) -> dict[str, object]:
@@ -86,10 +101,17 @@ def backbone(args: argparse.Namespace) -> dict[str, object]:
                 f"the run used --{name.replace('_', '-')} {getattr(args, name)}, which the Hugging Face model does not "
                 "have: this checkpoint cannot be converted."
             )
-    if args.moe_router_load_balancing_type == "sinkhorn":
+    balancing = args.moe_router_load_balancing_type
+    for name in balancing if isinstance(balancing, list) else [balancing]:
+        if args.num_experts and name in _NO_SUCH_ROUTING:
+            raise VirtualWidthError(
+                f"{name} routing {_NO_SUCH_ROUTING[name]}, which the Hugging Face model has not: this checkpoint "
+                "cannot be converted."
+            )
+    if not (args.hybrid_layer_pattern or args.hybrid_override_pattern) or not args.padded_vocab_size:
         raise VirtualWidthError(
-            "sinkhorn routing looks at a whole batch, which the Hugging Face model does not: this checkpoint cannot be "
-            "converted."
+            "the run was no HybridModel's (it has no layer pattern or no vocabulary size): train with "
+            "megatron_vwn.training.pretrain."
         )
     pattern, *further = (args.hybrid_layer_pattern or args.hybrid_override_pattern).replace("|", "").split("/")
     if len(set(further)) > 1:
@@ -112,7 +134,7 @@ def backbone(args: argparse.Namespace) -> dict[str, object]:
         "gated_mlp": gated,
         "rope_parameters": _rope(args),
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        **_window(args, pattern),
+        **_window(args, pattern, further),
     }
 
 
@@ -127,6 +149,9 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
         raise VirtualWidthError(
             f"Megatron's HybridModel has no {rope['rope_type']} rotary embedding: only models with the plain one fit."
         )
+    theta = rope.get("rope_theta", VWNConfig.default_theta)
+    if theta != int(theta):
+        raise VirtualWidthError(f"Megatron's --rotary-base is a whole number, and rope_theta {theta} is none.")
     further = f"/{config.mtp_hybrid_pattern}" * config.num_mtp_layers
     arguments = {name: getattr(config, field) for field, name in _SAME.items()}
     if config.num_experts:
@@ -143,17 +168,17 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
         "num_query_groups": config.num_key_value_heads,
         "swiglu": config.gated_mlp,
         **_activation_flags(config),
-        "rotary_base": rope.get("rope_theta", 10000.0),
+        "rotary_base": int(theta),
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "add_position_embedding": config.position_embedding_type != "none",
         **_window_flags(config),
     }
 
 
-def _valid(build: Callable[..., VWNConfig], **settings) -> VWNConfig:
+def valid_config(**settings) -> VWNConfig:
+    """A VWNConfig, whose refusals are VirtualWidthErrors."""
     try:
-        return build(**settings)
+        return VWNConfig(**settings)
     except ValueError as error:
         raise VirtualWidthError(f"the Hugging Face model cannot be described: {error}") from error
 
@@ -164,7 +189,10 @@ def _activation(args: argparse.Namespace) -> tuple[str, bool]:
         return "silu", True
     if args.squared_relu:
         return "relu2", False
-    # Megatron's fused bias and gelu is the approximation by tanh; it fuses only where there is a bias.
+    if getattr(args, "use_te_activation_func", False):
+        # Without a warning its gelu is the approximation by tanh, with biases or not.
+        return "gelu_pytorch_tanh", False
+    # Megatron's fused bias and gelu is that approximation too; it fuses only where there is a bias.
     return ("gelu_pytorch_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"), False
 
 
@@ -193,7 +221,7 @@ def _rope(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _window(args: argparse.Namespace, pattern: str) -> dict[str, object]:
+def _window(args: argparse.Namespace, pattern: str, further: list[str]) -> dict[str, object]:
     """Which attentions see only so many tokens back; Megatron counts all sublayers, from one."""
     if args.window_size is None:
         return {}
@@ -202,8 +230,19 @@ def _window(args: argparse.Namespace, pattern: str) -> dict[str, object]:
         raise VirtualWidthError(
             f"--window-size {left},{right} is no causal window: this checkpoint cannot be converted."
         )
+    if args.window_attn_skip_freq is not None and "*" in "".join(further):
+        raise VirtualWidthError(
+            "--window-attn-skip-freq gives attention of further predictions a rule of their own, which the Hugging "
+            "Face model does not have: this checkpoint cannot be converted."
+        )
+    skip = args.window_attn_skip_freq
+    if isinstance(skip, list) and len(skip) < len(pattern):
+        raise VirtualWidthError(
+            f"--window-attn-skip-freq says something of {len(skip)} sublayers, and the model has {len(pattern)}: this "
+            "checkpoint cannot be converted."
+        )
     attentions = [match.start() + 1 for match in re.finditer(r"\*", pattern)]
-    everything = [_sees_everything(number, args.window_attn_skip_freq) for number in attentions]
+    everything = [_sees_everything(number, skip) for number in attentions]
     return {
         "sliding_window": left + 1,
         "layer_types": ["full_attention" if all_ else "sliding_attention" for all_ in everything],

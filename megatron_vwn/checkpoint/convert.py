@@ -7,9 +7,11 @@ anything is written.
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -21,6 +23,9 @@ from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, writ
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
 from megatron_vwn.training.defaults import megatron_defaults
+
+SPECIAL_TOKENS = "hugging_face_special_tokens"
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Progress = Callable[[Iterable[str], str], Iterable[str]]
 """Wraps the keys that are worked through; given what is being done."""
@@ -36,6 +41,7 @@ def to_hf(
     folder: Path,
     *,
     tokenizer: Path | None,
+    name: str = "",
     shard_bytes: int = 2**29,
     progress: Progress = silent,
 ) -> VWNConfig:
@@ -45,6 +51,7 @@ def to_hf(
         source: the checkpoint.
         folder: an existing, empty folder.
         tokenizer: a Hugging Face tokenizer's folder to copy.
+        name: what the model card calls the model; the folder's if empty.
         shard_bytes: size of the safetensors files.
         progress: see Progress.
 
@@ -55,22 +62,22 @@ def to_hf(
         VirtualWidthError: tensors are missing, left over or of another shape; the model cannot be expressed.
     """
     config = hf_config(source.arguments)
-    _check(_hf_tensors(source.tensors, config), expected_hf_tensors(config), source.folder)
+    check_tensors(_hf_tensors(source.tensors, config), expected_hf_tensors(config), source.folder)
     config.dtype = source.tensors["embedding.word_embeddings.weight"].dtype
     config.architectures = ["VWNForCausalLM"]
+    for special, value in getattr(source.arguments, SPECIAL_TOKENS, {}).items():
+        setattr(config, special, value)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
-        loaded = AutoTokenizer.from_pretrained(folder)
-        config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
-        config.pad_token_id = loaded.pad_token_id
+        _take_special_tokens(config, folder, tokenizer)
     config.save_pretrained(folder)
     add_code(folder)
     writer = SafetensorsWriter(folder, shard_bytes)
     for key in progress(list(source.tensors), "to Hugging Face"):
-        for name, tensor in mapping.to_hf(key, source.read(key), config):
-            writer.write(name, tensor)
+        for part, tensor in mapping.to_hf(key, source.read(key), config):
+            writer.write(part, tensor)
     writer.close()
-    write_model_card(folder, source.arguments, config)
+    write_model_card(folder, name or folder.name, source.arguments, config)
     return config
 
 
@@ -87,26 +94,32 @@ def from_hf(
         progress: see Progress.
 
     Returns:
-        Megatron's arguments of the model, those that differ from its defaults included.
+        Megatron's arguments of the model; ``flags.command_line`` types them.
 
     Raises:
         VirtualWidthError: tensors are missing, left over or of another shape; Megatron cannot express the model.
     """
     config = read_config(source)
-    _check(source.tensors, expected_hf_tensors(config), source.folder)
-    path = source.folder / ARGUMENTS
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    check_tensors(source.tensors, expected_hf_tensors(config), source.folder)
+    saved = _arguments_of_the_run(source.folder)
     if transformer_engine is None:
         transformer_engine = saved.get("transformer_impl", "transformer_engine") == "transformer_engine"
+    dtype = source.tensors["model.embed_tokens.weight"].dtype
     arguments = megatron_arguments(config) | {
-        "transformer_impl": "transformer_engine" if transformer_engine else "local"
+        "transformer_impl": "transformer_engine" if transformer_engine else "local",
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "seq_length": saved.get("seq_length") or config.max_position_embeddings,
     }
+    if (source.folder / "tokenizer_config.json").exists():
+        tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(source.folder.resolve())}
+        arguments |= tokenizer
     write_megatron(
         folder,
         config,
         source.tensors,
         source.read,
-        arguments=argparse.Namespace(**(saved | arguments)),
+        arguments=argparse.Namespace(**(saved | arguments), params_dtype=dtype),
         progress=progress,
     )
     return arguments
@@ -140,6 +153,7 @@ def write_megatron(
         whole = mapping.from_hf(key, empty.__getitem__, config)
         wanted[key] = TensorInfo(tuple(whole.shape), whole.dtype)
     arguments = argparse.Namespace(**(megatron_defaults() | vars(arguments)))
+    setattr(arguments, SPECIAL_TOKENS, {name: getattr(config, name) for name in _SPECIAL_TOKENS})
     arguments.consumed_train_samples = arguments.consumed_valid_samples = arguments.skipped_train_samples = 0
     bar = iter(progress(keys, "to Megatron"))
 
@@ -163,10 +177,18 @@ def read_config(source: SafetensorsReader) -> VWNConfig:
             f"{source.folder} is a {source.config.get('model_type')} model, not vwn: give it a virtual width with "
             "vwn-widen."
         )
+    # Fields of a newer transformers are its own affair; one of ours that is not known would change the function.
+    names = {field.name for field in fields(VWNConfig)}
+    if unknown := [key for key in source.config if key.startswith("vwn_") and key not in names]:
+        raise VirtualWidthError(
+            f"{source.folder / 'config.json'} has {_listed(unknown)}, which this version does not know: install a "
+            "newer megatron_vwn."
+        )
     try:
         return VWNConfig(**{key: value for key, value in source.config.items() if key != "model_type"})
-    except (ValueError, TypeError) as error:
-        raise VirtualWidthError(f"{source.folder / 'config.json'} describes no model: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise VirtualWidthError(f"{source.folder / 'config.json'} describes no model: {reason}.") from error
 
 
 def expected_hf_tensors(config: VWNConfig) -> dict[str, tuple[int, ...]]:
@@ -175,6 +197,37 @@ def expected_hf_tensors(config: VWNConfig) -> dict[str, tuple[int, ...]]:
         model = VWNForCausalLM(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}
+
+
+def _take_special_tokens(config: VWNConfig, folder: Path, tokenizer: Path) -> None:
+    """generate() stops by the configuration's tokens, not by the tokenizer's."""
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever its files provoke
+        raise VirtualWidthError(
+            f"the tokenizer of {tokenizer} cannot be read: give another with --tokenizer."
+        ) from error
+    if len(loaded) > config.vocab_size:
+        raise VirtualWidthError(
+            f"the tokenizer of {tokenizer} has {len(loaded)} tokens and the model {config.vocab_size}: give the "
+            "model's with --tokenizer."
+        )
+    config.bos_token_id, config.pad_token_id = loaded.bos_token_id, loaded.pad_token_id
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
+    if loaded.eos_token_id not in ends:  # a model may stop at more tokens than its tokenizer calls the end
+        config.eos_token_id = loaded.eos_token_id
+
+
+def _arguments_of_the_run(folder: Path) -> dict[str, object]:
+    """What the folder remembers of the run it was converted from; nothing if it was not."""
+    path = folder / ARGUMENTS
+    if not path.exists():
+        return {}
+    try:
+        saved = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise VirtualWidthError(f"{path} is damaged: remove it, and Megatron's defaults are taken.") from error
+    return {name: value for name, value in saved.items() if name in megatron_defaults()}
 
 
 def _hf_tensors(tensors: Mapping[str, TensorInfo], config: VWNConfig) -> dict[str, TensorInfo]:
@@ -189,7 +242,7 @@ def _hf_tensors(tensors: Mapping[str, TensorInfo], config: VWNConfig) -> dict[st
     return found
 
 
-def _check(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Every tensor of the model is there, no other is, and shapes agree."""
     for what, names in (
         ("lacks", expected.keys() - found.keys()),

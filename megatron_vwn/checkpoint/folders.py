@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vwn.checkpoint.torch_dist import TensorInfo
+from megatron_vwn.checkpoint.torch_dist import TRACKER, TensorInfo
 from megatron_vwn.config import VirtualWidthError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,19 +31,21 @@ _TOKENIZER = (
 
 
 @contextmanager
-def appearing_whole(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def appearing_whole(folder: Path, *, overwrite: bool, sources: Iterable[Path | None] = ()) -> Iterator[Path]:
     """A temporary folder that takes its final name when the block ends, and vanishes if the block fails.
 
     Args:
-        folder: the final name.
-        overwrite: whether a folder of that name may be replaced.
+        folder: the final name; an empty folder may stand there.
+        overwrite: whether a converted folder of that name may be replaced.
+        sources: folders that are read and must survive.
 
     Raises:
         VirtualWidthError: if the name is taken, or nothing can be written there.
     """
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise VirtualWidthError(f"{folder} exists: give another name, or --overwrite to replace it.")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    folder = folder.resolve()
+    _check_target(folder, overwrite, [source.resolve() for source in sources if source is not None])
+    partial, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -51,12 +53,30 @@ def appearing_whole(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield partial
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         partial.rename(folder)
     except OSError as error:
         raise VirtualWidthError(f"{folder} cannot be written ({error}): make room or give another.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for parent in made:  # the innermost first; they stay where they are of use
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _check_target(folder: Path, overwrite: bool, sources: list[Path]) -> None:
+    for source in sources:
+        if folder == source or folder in source.parents:
+            raise VirtualWidthError(f"{folder} holds {source}, which is read: give another name to write to.")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite or not folder.is_dir():
+        raise VirtualWidthError(f"{folder} exists: give another name, or --overwrite to replace it.")
+    if not any((folder / name).exists() for name in ("config.json", TRACKER)):
+        raise VirtualWidthError(f"{folder} is no converted checkpoint and is not replaced: give another name.")
 
 
 class SafetensorsReader:
@@ -74,12 +94,12 @@ class SafetensorsReader:
         if not (folder / "config.json").exists():
             raise VirtualWidthError(f"{folder} is no Hugging Face checkpoint (config.json is missing): give another.")
         try:
-            self.config = json.loads((folder / "config.json").read_text())
+            self.config = dict(json.loads((folder / "config.json").read_text()))
             if (folder / _INDEX).exists():
                 files = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
             else:
                 files = {_SINGLE}
-        except (ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(error) from error
         self._file_of: dict[str, Path] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -87,6 +107,10 @@ class SafetensorsReader:
             with self._open(folder / file) as tensors:
                 for key in tensors.keys():  # noqa: SIM118
                     part = tensors.get_slice(key)
+                    if part.get_dtype() not in _DTYPES:
+                        raise VirtualWidthError(
+                            f"{key} in {folder} has the dtype {part.get_dtype()}: convert it to bf16 or fp32 first."
+                        )
                     self._file_of[key] = folder / file
                     self.tensors[key] = TensorInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
 
@@ -164,7 +188,10 @@ class SafetensorsWriter:
 
     def _flush(self) -> None:
         self._shards.append(list(self._waiting))
-        save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
+        try:
+            save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         self._waiting = {}
 
     def _part(self, number: int) -> Path:

@@ -8,6 +8,8 @@ from megatron_vwn import __version__
 from megatron_vwn.hf import VWNConfig
 
 ARGUMENTS = "megatron_arguments.json"
+_PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")  # a slash begins a further prediction
+_JSON = (bool, int, float, str, type(None))
 
 _CARD = """\
 ---
@@ -42,27 +44,32 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))
 
 
 def plain(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments that JSON can hold; others, such as dtypes, as text."""
+    """The arguments that JSON gives back as they were; not those that are enumerations or dtypes, and no paths: the
+    folder is made to be given away, and they name the machine of the run."""
+    known = {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(vars(args).items())}
     return {
-        name: value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)
-        for name, value in sorted(vars(args).items())
-        if not name.startswith("_")
+        name: value
+        for name, value in known.items()
+        if all(
+            isinstance(each, _JSON) and (name in _PATTERNS or "/" not in str(each))
+            for each in (value if isinstance(value, list) else [value])
+        )
     }
 
 
-def write_model_card(folder: Path, args: argparse.Namespace, config: VWNConfig) -> None:
-    """Write README.md and the arguments into a converted folder."""
+def write_model_card(folder: Path, name: str, args: argparse.Namespace, config: VWNConfig) -> None:
+    """Write README.md, which calls the model by a name, and the arguments into a converted folder."""
     arguments = plain(args)
     (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
     given = {name: value for name, value in arguments.items() if value not in (None, False, [], "")}
     further = f", and {config.num_mtp_layers} x `{config.mtp_hybrid_pattern}` for further tokens"
     card = _CARD.format(
-        **config.to_dict() | {"name": folder.name},
+        **config.to_dict() | {"name": name},
         over_width=config.over_width,
         segment=config.hidden_size // config.vwn_m,
         expansion=config.vwn_n / config.vwn_m,
         further=further if config.num_mtp_layers else "",
         version=__version__,
-        lines="\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in given.items()),
+        lines="\n".join(f"    {argument} {value}" for argument, value in given.items()),
     )
     (folder / "README.md").write_text(card)

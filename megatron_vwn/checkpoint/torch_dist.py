@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_vwn.config import VirtualWidthError
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 _METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 # What the file system, pickle, zip and torch report of damaged files; a CheckpointException is no Exception.
@@ -121,9 +121,14 @@ def write_torch_dist(
     state: dict[str, object] = {key: info.empty("meta") for key, info in tensors.items()}
     state |= {key: [None] for key in objects}
     state["common_state/shard_0_1"] = [dict(common)]
-    save(state, storage_writer=FileSystemWriter(release), planner=_LazyPlanner(read), no_dist=True)
+    try:
+        save(state, storage_writer=FileSystemWriter(release), planner=_LazyPlanner(read), no_dist=True)
+    except CheckpointException as error:
+        # What happened while a tensor was read or written, an interruption included: not to be hidden in its text.
+        ((cause, _),) = error.failures.values()
+        raise (OSError(str(cause)) if isinstance(cause, RuntimeError) else cause) from None
     (release / "metadata.json").write_text(json.dumps(_METADATA))
-    (folder / _TRACKER).write_text("release")
+    (folder / TRACKER).write_text("release")
 
 
 class _CachedReader(FileSystemReader):
@@ -153,22 +158,28 @@ class _LazyPlanner(DefaultSavePlanner):
 def _checkpoint_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise VirtualWidthError(f"{folder} is no folder: give the one that --save named.")
-    if (folder / _TRACKER).exists():
-        last = (folder / _TRACKER).read_text().strip()
+    if (folder / TRACKER).exists():
+        last = (folder / TRACKER).read_text().strip()
         if last != "release" and not last.isdecimal():
-            raise VirtualWidthError(
-                f"{folder / _TRACKER} names no checkpoint but {last!r}: give the checkpoint itself."
-            )
+            raise VirtualWidthError(f"{folder / TRACKER} names no checkpoint but {last!r}: give the checkpoint itself.")
         folder = folder / (last if last == "release" else f"iter_{int(last):07d}")
     for name, what in (("metadata.json", "no complete torch_dist checkpoint"), (".metadata", "half a checkpoint")):
         if not (folder / name).exists():
             raise VirtualWidthError(f"{folder} is {what} ({name} is missing): give another.")
-    if json.loads((folder / "metadata.json").read_text()).get("sharded_backend") != "torch_dist":
+    try:
+        backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+    if backend != "torch_dist":
         raise VirtualWidthError(f"{folder} is not in the format torch_dist: save it with --ckpt-format torch_dist.")
     return folder
 
 
 def _unreadable(folder: Path, error: BaseException) -> VirtualWidthError:
+    if isinstance(error, CheckpointException) and any(
+        isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()
+    ):
+        raise KeyboardInterrupt from None
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else type(error).__name__
     return VirtualWidthError(f"the checkpoint {folder} cannot be read ({reason}): it is damaged, give another.")

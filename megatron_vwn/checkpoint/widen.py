@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from megatron_vwn.checkpoint import mapping
-from megatron_vwn.checkpoint.arguments import backbone
-from megatron_vwn.checkpoint.convert import expected_hf_tensors
+from megatron_vwn.checkpoint.arguments import backbone, valid_config
+from megatron_vwn.checkpoint.convert import check_tensors, expected_hf_tensors
 from megatron_vwn.checkpoint.folders import SafetensorsReader
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
@@ -55,14 +55,19 @@ def from_megatron(source: TorchDistReader) -> OrdinaryModel:
             f"{source.folder} has a virtual width already: vwn-widen takes ordinary models, vwn-convert takes this one."
         )
     settings = backbone(source.arguments)
-    config = VWNConfig(**settings, vwn_m=1, vwn_n=1, vwn_embedding="tiled")  # names do not depend on the width
+    config = valid_config(**settings, **_NARROW)  # names do not depend on the width
     whole = lru_cache(maxsize=1)(source.read)  # Q, K and V are parts of one tensor
     tensors, key_of = {}, {}
     for key, info in source.tensors.items():
         if any(part in key for part in _DENSE_FUSION):
             continue
-        for name, part in mapping.to_hf(key, info.empty("meta"), config):
+        try:
+            parts = list(mapping.to_hf(key, info.empty("meta"), config))
+        except (KeyError, RuntimeError):
+            parts = [(key, info)]
+        for name, part in parts:
             tensors[name], key_of[name] = TensorInfo(tuple(part.shape), part.dtype), key
+    check_tensors(tensors, _ordinary(config), source.folder)
 
     def read(name: str) -> Tensor:
         return dict(mapping.to_hf(key_of[name], whole(key_of[name]), config))[name]
@@ -79,7 +84,11 @@ def from_hugging_face(source: SafetensorsReader) -> OrdinaryModel:
     kind = source.config.get("model_type")
     if kind not in MODELS:
         raise VirtualWidthError(f"{source.folder} is a {kind} model: vwn-widen takes {', '.join(MODELS)}.")
-    config = AutoConfig.from_pretrained(source.folder)
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except Exception as error:  # whatever its settings provoke
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise VirtualWidthError(f"{source.folder / 'config.json'} describes no model: {reason}.") from error
     for name, harmless in (
         ("attention_bias", False),
         ("mlp_bias", False),
@@ -91,16 +100,21 @@ def from_hugging_face(source: SafetensorsReader) -> OrdinaryModel:
                 f"{source.folder} has {name} = {getattr(config, name)!r}, which vwn-widen does not take: only "
                 f"{harmless!r}."
             )
+    if config.tie_word_embeddings and not _head_is_the_table(source):
+        config.tie_word_embeddings = False  # transformers, too, then takes the head of the file
     pattern = "".join("*E" if _has_experts(config, i) else "*-" for i in range(config.num_hidden_layers))
     settings = _settings(config, pattern)
-    parts = {
-        name: _parts_of(name, source, config)
-        for name in expected_hf_tensors(VWNConfig(**settings, **_NARROW))
-        if not _is_new(name)
-    }
-    missing = sorted(part for group in parts.values() for part in _flat(group) if part not in source.tensors)
-    if missing:
-        raise VirtualWidthError(f"{source.folder} lacks {missing[0]}: the checkpoint is incomplete, give another.")
+    expected = _ordinary(valid_config(**settings, **_NARROW))
+    parts = {name: _parts_of(name, source, config) for name in expected}
+    taken = {part for group in parts.values() for part in _flat(group)}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    # Old folders hold the frequencies of rotary embeddings too.
+    stored = {name for name in source.tensors if not name.endswith("rotary_emb.inv_freq")} - tied
+    check_tensors(
+        {name: source.tensors[name] for name in stored},
+        {name: source.tensors[name].shape if name in source.tensors else () for name in taken},
+        source.folder,
+    )
 
     def read(name: str) -> Tensor:
         return _join(parts[name], source.read)
@@ -143,7 +157,7 @@ def widen(
             "--vwn-ngrams is not available here, where no tokenizer says which token ends a document: leave it out."
         )
     names = ("m", "n", "connection", "gate", "carry", "embedding", "reduce_norm")
-    config = VWNConfig(**settings, **{f"vwn_{name}": getattr(vw, name) for name in names})
+    config = valid_config(**settings, **{f"vwn_{name}": getattr(vw, name) for name in names})
     expected = expected_hf_tensors(config)
     table = model.tensors["model.embed_tokens.weight"]
     wide = {"model.embed_tokens.weight", "model.embed_positions.weight"} if vw.embedding == "wide" else set()
@@ -170,6 +184,16 @@ def widen(
                 "its settings describe."
             )
     return config, {name: TensorInfo(shape, dtype_of[name]) for name, shape in expected.items()}, read
+
+
+def _ordinary(config: VWNConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what an ordinary model has."""
+    return {name: shape for name, shape in expected_hf_tensors(config).items() if not _is_new(name)}
+
+
+def _head_is_the_table(source: SafetensorsReader) -> bool:
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    return not all(name in source.tensors for name in names) or torch.equal(*(source.read(name) for name in names))
 
 
 _NARROW = {"vwn_m": 1, "vwn_n": 1, "vwn_embedding": "tiled", "vwn_reduce_norm": False}

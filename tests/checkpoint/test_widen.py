@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron_vwn_tools.widen import main as vwn_widen
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -88,7 +90,8 @@ def test_the_written_checkpoint_holds_the_model(sources, tmp_path, capsys):
     folder, _ = sources[1]["qwen3 moe"]
     argv = [str(folder), str(tmp_path / "wide"), "--vwn-m", "2", "--vwn-n", "8"]
     assert vwn_widen(argv) == 0
-    assert "r = 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "r = 4" in said and "--qk-layernorm" in said and "-epsilon 1e-06" in said
     written = TorchDistReader(tmp_path / "wide")
     model = from_hugging_face(SafetensorsReader(folder))
     up = written.read("decoder.layers.1.mlp.experts.experts.linear_fc1.weight")
@@ -96,8 +99,49 @@ def test_the_written_checkpoint_holds_the_model(sources, tmp_path, capsys):
     assert not written.read("decoder.layers.1.connection.routing").any()
     assert (written.read("decoder.layers.1.connection.norm") == 1).all()
     assert (written.arguments.vwn_m, written.arguments.vwn_reduce_norm) == (2, False)
+    assert vwn_widen(argv[:2]) == 2 and "add --vwn-m and --vwn-n" in capsys.readouterr().err
     assert vwn_widen(argv) == 2 and "--overwrite" in capsys.readouterr().err
     assert vwn_widen([*argv, "--overwrite"]) == 0
+
+
+def test_a_head_of_its_own_is_taken_although_the_settings_tie_it(sources, tmp_path):
+    tokens, made = sources
+    folder, _ = made["qwen3, tied"]
+    shutil.copytree(folder, tmp_path / "untied")
+    tensors = load_file(folder / "model.safetensors")
+    head = torch.randn(96, 32, generator=torch.Generator().manual_seed(5))
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "untied" / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        expected = Qwen3ForCausalLM.from_pretrained(tmp_path / "untied")(tokens).logits
+    model = from_hugging_face(SafetensorsReader(tmp_path / "untied"))
+    width = VirtualWidthConfig(m=2, n=3, reduce_norm=False)
+    config, names, read = widen(model, width, fresh_predictions=False)
+    wide = VWNForCausalLM(config).eval()
+    wide.load_state_dict({key: read(key) for key in names})
+    with torch.no_grad():
+        assert (wide(tokens).logits - expected).norm() / expected.norm() < TOLERANCE
+
+
+def test_what_the_settings_do_not_describe_is_refused(sources, tmp_path, capsys):
+    folder, _ = sources[1]["llama"]
+    shutil.copytree(folder, tmp_path / "biased")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    save_file(tensors, tmp_path / "biased" / "model.safetensors", {"format": "pt"})
+    assert vwn_widen([str(tmp_path / "biased"), str(tmp_path / "wide"), "--vwn-m", "1", "--vwn-n", "2"]) == 2
+    assert "q_proj.bias" in capsys.readouterr().err and not (tmp_path / "wide").exists()
+
+
+def test_the_source_survives_every_target(sources, tmp_path, capsys):
+    folder = tmp_path / "models" / "llama"
+    shutil.copytree(sources[1]["llama"][0], folder)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    for target in (folder, folder.parent, tmp_path / "notes"):
+        assert vwn_widen([str(folder), str(target), "--vwn-m", "1", "--vwn-n", "2", "--overwrite"]) == 2
+        said = capsys.readouterr().err
+        assert "give another name" in said and said.count("\n") == 1
+    assert (folder / "model.safetensors").exists() and (tmp_path / "notes" / "diary.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +151,8 @@ def test_the_written_checkpoint_holds_the_model(sources, tmp_path, capsys):
         ({"attention_bias": True}, "", "attention_bias = True"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "", "no linear rotary"),
         ({"num_hidden_layers": 4}, "", "lacks model.layers.3."),
+        ({"num_hidden_layers": 2}, "", "model.layers.2."),
+        ({"hidden_size": "wide"}, "", "describes no model"),
         ({"intermediate_size": 40}, "", "has shape"),
         ({}, "--vwn-reduce-norm", "would change the function"),
         ({}, "--vwn-carry doubly-stochastic", "only approximately"),
@@ -131,12 +177,11 @@ def test_refusals_are_one_sentence_and_leave_nothing(change, flags, says, source
 def megatron(tmp_path_factory):
     """What the session on Megatron's side found, by check."""
     run = subprocess.run(
-        [sys.executable, HERE / "session_widen.py", tmp_path_factory.mktemp("widen")],
-        env={
-            **os.environ,
-            **{"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"},
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"},
-        },
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+            *(HERE / "session_widen.py", tmp_path_factory.mktemp("widen")),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
     )

@@ -54,11 +54,14 @@ def test_table_states_what_event_files_and_checkpoints_say(tmp_path):
     write_run(tmp_path / "one", [(10, 6.0), (20, 5.0)], [0.9, 0.2, 0.1], model)
     wide = {**model, "layer.connection.routing": (5,)}
     write_run(tmp_path / "two", [(10, 9.0), (10, 5.5), (20, 4.5)], [0.9, 0.4, 0.3], wide)
-    table = report.summarise(tmp_path / "one", tmp_path / "two", "--vwn-m 2 --vwn-n 8", tokens_per_step=100)
+    table = report.summarise(
+        tmp_path / "one", tmp_path / "two", "--vwn-m 2 --vwn-n 8", tokens_per_step=100, bits_per_byte=(1.9, 1.85)
+    )
     rows = {line[:35].strip(): line[35:].split() for line in table.splitlines() if line.strip("- ")}
     assert rows["final validation loss"] == ["5.0000", "4.5000"]
     assert rows["tokens to the baseline's final loss"] == ["2,000", "1,500"]
     assert rows["time per step (median)"] == ["200", "ms", "400", "ms"]
+    assert rows["held-out bits per byte"] == ["1.9000", "1.8500"]
     assert rows["parameters"] == ["12", "17"]
     assert rows["of these the virtual width's"] == ["5"]
     assert "mtp" not in table and "mean over" not in table
@@ -67,14 +70,16 @@ def test_table_states_what_event_files_and_checkpoints_say(tmp_path):
 def test_table_says_when_the_loss_was_not_reached(tmp_path):
     write_run(tmp_path / "one", [(20, 5.0)], [0.1], {"w": (1,)})
     write_run(tmp_path / "two", [(20, 5.1)], [0.1], {"w": (1,)})
-    assert "not reached" in report.summarise(tmp_path / "one", tmp_path / "two", "wide", tokens_per_step=100)
+    assert "not reached" in report.summarise(
+        tmp_path / "one", tmp_path / "two", "wide", tokens_per_step=100, bits_per_byte=(1.9, 1.85)
+    )
 
 
 def test_table_has_the_mean_of_the_last_further_losses(tmp_path):
     last = [4.0, 6.0] * (report.LAST_STEPS // 2)
     write_run(tmp_path / "one", [(20, 5.0)], [0.1], {"w": (1,)}, [9.0, 9.0, *last])
     write_run(tmp_path / "two", [(20, 4.0)], [0.1], {"w": (1,)}, [9.0, *(loss - 0.5 for loss in last)])
-    table = report.summarise(tmp_path / "one", tmp_path / "two", "wide", tokens_per_step=100)
+    table = report.summarise(tmp_path / "one", tmp_path / "two", "wide", tokens_per_step=100, bits_per_byte=(1.9, 1.85))
     rows = {line[:35].strip(): line[35:].split() for line in table.splitlines()}
     assert rows["final validation loss"] == ["5.0000", "4.0000"]
     assert rows["mtp_1 loss in training"] == ["5.0000", "4.5000"]
@@ -91,7 +96,7 @@ def test_parameters_are_counted_without_either_optimizer_of_a_model_with_experts
 def run_script(tmp_path, capsys, script, until=500):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", script, str(folder)]
-    progress.train(folder, command, until, progress.Clock(work=1000))
+    progress.train(folder, command, until, progress.Clock(work=1000, starts=2, end=40))
     return capsys.readouterr().out
 
 
@@ -105,10 +110,21 @@ folder = pathlib.Path(sys.argv[1]) / "checkpoints"; folder.mkdir()
 
 def test_progress_shows_steps_and_validations_and_keeps_the_log(tmp_path, capsys):
     shown = run_script(tmp_path, capsys, TRAINING)
-    assert "step   20/500  loss 6.2453    692 ms/step  left: this run 5:32, all 11:17" in shown
-    assert "step   30/500  loss 6.2453    692 ms/step  left: this run 5:25, all 11:11" in shown
+    assert "step   20/500  loss 6.2453    692 ms/step  left: this run 5:32, all 12:17" in shown
+    assert "step   30/500  loss 6.2453    692 ms/step  left: " in shown
     assert "validation loss 5.8441" in shown
     assert STEP in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_what_is_left_is_estimated_with_validations_and_with_what_is_to_come(tmp_path, capsys, monkeypatch):
+    # The first ten steps end 13.84 s after the first began, the next ten steps, with a validation, 30 s later.
+    times = iter([0.0, 5.0, 100.0, 101.0, 130.0, 131.0, 132.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    shown = run_script(tmp_path, capsys, TRAINING)
+    pace = (130 - (100 - 20 * 0.6918)) / 30
+    left = progress.minutes(470 * pace)
+    everything = progress.minutes(970 * pace + progress._START_SECONDS + 40)  # one of two starts is behind us
+    assert f"step   30/500  loss 6.2453    692 ms/step  left: this run {left}, all {everything}" in shown
 
 
 def test_progress_shows_the_loss_of_a_further_token(tmp_path, capsys):

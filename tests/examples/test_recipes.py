@@ -86,7 +86,9 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.signal, "signal", lambda *_: None)
     monkeypatch.setattr(quickstart, "this_machine", lambda: MACHINES["two processes"])
     monkeypatch.setattr(quickstart, "prepare_data", lambda _: None)
+    monkeypatch.setattr(quickstart, "evaluate", lambda *_: [{"bits_per_byte": 2.0}] * 2)
     monkeypatch.setattr(quickstart, "summarise", lambda *_: "the table")
+    monkeypatch.setattr(quickstart, "quote", lambda *_: "the paragraphs")
     monkeypatch.setattr(
         quickstart, "command", lambda _, flags, folder: [sys.executable, "-c", LAUNCH, str(folder), *flags]
     )
