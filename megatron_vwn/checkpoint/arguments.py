@@ -23,7 +23,8 @@ _SAME = {
     "fp32_residual_connection": "fp32_residual_connection",
     "initializer_range": "init_method_std",
 }
-_VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name != "partition")
+VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name != "partition")
+"""Settings that a VWNConfig and Megatron's arguments call the same; no checkpoint has a partition."""
 _SAME_OF_EXPERTS = {
     "num_experts": "num_experts",
     "num_experts_per_tok": "moe_router_topk",
@@ -85,7 +86,7 @@ def hf_config(args: argparse.Namespace) -> VWNConfig:
             "tools for ordinary models."
         )
     # A checkpoint may be older than the latest of these settings.
-    width = {name: getattr(args, name) for name in _VIRTUAL_WIDTH if hasattr(args, name)}
+    width = {name: getattr(args, name) for name in VIRTUAL_WIDTH if hasattr(args, name)}
     return valid_config(**backbone(args), **width)
 
 
@@ -158,7 +159,7 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
         arguments |= {name: getattr(config, field) for field, name in _SAME_OF_EXPERTS.items()}
         arguments["moe_shared_expert_intermediate_size"] = config.shared_expert_intermediate_size or None
     return arguments | {
-        **{name: getattr(config, name) for name in _VIRTUAL_WIDTH},
+        **{name: getattr(config, name) for name in VIRTUAL_WIDTH},
         "vwn_ngrams": tuple(config.vwn_ngrams),
         "hybrid_layer_pattern": config.hybrid_pattern + further,
         "num_layers": len(config.hybrid_pattern),
@@ -230,12 +231,12 @@ def _window(args: argparse.Namespace, pattern: str, further: list[str]) -> dict[
         raise VirtualWidthError(
             f"--window-size {left},{right} is no causal window: this checkpoint cannot be converted."
         )
-    if args.window_attn_skip_freq is not None and "*" in "".join(further):
+    skip = args.window_attn_skip_freq
+    if skip is not None and "*" in "".join(further):
         raise VirtualWidthError(
             "--window-attn-skip-freq gives attention of further predictions a rule of their own, which the Hugging "
             "Face model does not have: this checkpoint cannot be converted."
         )
-    skip = args.window_attn_skip_freq
     if isinstance(skip, list) and len(skip) < len(pattern):
         raise VirtualWidthError(
             f"--window-attn-skip-freq says something of {len(skip)} sublayers, and the model has {len(pattern)}: this "

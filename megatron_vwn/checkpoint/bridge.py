@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from megatron_vwn.checkpoint import mapping
+from megatron_vwn.checkpoint.arguments import VIRTUAL_WIDTH
 from megatron_vwn.checkpoint.convert import expected_hf_tensors
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig
@@ -78,7 +79,7 @@ class VirtualWidthBridge(MegatronModelBridge):
 
     CONFIG_MAPPING = (
         *MegatronModelBridge.CONFIG_MAPPING,
-        *((f"vwn_{name}", f"vwn_{name}") for name in ("m", "n", "connection", "gate", "carry", "embedding")),
+        *((name, name) for name in VIRTUAL_WIDTH),
     )
 
     def mapping_registry(self) -> MegatronMappingRegistry:

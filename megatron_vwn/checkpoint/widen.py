@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from megatron_vwn import ops
 from megatron_vwn.checkpoint import mapping
-from megatron_vwn.checkpoint.arguments import backbone, valid_config
+from megatron_vwn.checkpoint.arguments import VIRTUAL_WIDTH, backbone, valid_config
 from megatron_vwn.checkpoint.convert import check_tensors, expected_hf_tensors
 from megatron_vwn.checkpoint.folders import SafetensorsReader
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader
@@ -156,8 +157,7 @@ def widen(
         raise VirtualWidthError(
             "--vwn-ngrams is not available here, where no tokenizer says which token ends a document: leave it out."
         )
-    names = ("m", "n", "connection", "gate", "carry", "embedding", "reduce_norm")
-    config = valid_config(**settings, **{f"vwn_{name}": getattr(vw, name) for name in names})
+    config = valid_config(**settings, **{name: getattr(vw, name.removeprefix("vwn_")) for name in VIRTUAL_WIDTH})
     expected = expected_hf_tensors(config)
     table = model.tensors["model.embed_tokens.weight"]
     wide = {"model.embed_tokens.weight", "model.embed_positions.weight"} if vw.embedding == "wide" else set()
@@ -167,7 +167,8 @@ def widen(
     def read(name: str) -> Tensor:
         if name in model.tensors:
             tensor = model.read(name)
-            return _tiled(tensor, vw) if name in wide else tensor
+            # The rows of a wide table are copies, as those that a tiled embedding makes of a narrow one.
+            return ops.tile(tensor.unflatten(-1, (vw.m, -1)), vw.n).flatten(-2) if name in wide else tensor
         tensor = torch.zeros(expected[name], dtype=dtype_of[name])
         if name.endswith("norm") or name.endswith("norm.weight"):
             return tensor.fill_(1)
@@ -203,12 +204,6 @@ _NEW = (".connection.", ".reduction.", "embed_expansion.", ".expansion.", ".fusi
 def _is_new(name: str) -> bool:
     """Whether only a model with a virtual width has it."""
     return any(part in name for part in _NEW)
-
-
-def _tiled(table: Tensor, vw: VirtualWidthConfig) -> Tensor:
-    """A wide table whose rows are what ``tile`` makes of the rows: segment j is segment j mod m."""
-    segments = table.unflatten(-1, (vw.m, -1))
-    return segments[:, [j % vw.m for j in range(vw.n)]].flatten(1)
 
 
 def _settings(config: PreTrainedConfig, pattern: str) -> dict[str, object]:
