@@ -12,11 +12,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from tqdm import tqdm
-
 # What Megatron would train faster with, and that nobody else takes part: neither concerns a conversion.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+from megatron_vwn_tools._conversion import exit_code, progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint.convert import from_hf, to_hf  # noqa: E402
 from megatron_vwn.checkpoint.flags import command_line  # noqa: E402
@@ -24,7 +24,7 @@ from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 
-_DIFFERENT, _REFUSED, _INTERRUPTED = 1, 2, 130
+_DIFFERENT = 1
 _VERIFY_SAYS_DIFFERENT = 3
 
 
@@ -35,18 +35,12 @@ class _Difference(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run one conversion; returns the exit code."""
     options = _parser().parse_args(argv)
+    program = _to_hf if options.command == "to-hf" else _from_hf
     try:
-        (_to_hf if options.command == "to-hf" else _from_hf)(options)
-    except VirtualWidthError as refusal:
-        print(f"vwn-convert: {refusal}", file=sys.stderr)
-        return _REFUSED
+        return exit_code("vwn-convert", lambda: program(options))
     except _Difference as difference:
         print(f"vwn-convert: {difference}", file=sys.stderr)
         return _DIFFERENT
-    except KeyboardInterrupt:
-        print("vwn-convert: interrupted; nothing was written.", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
 
 
 def _to_hf(options: argparse.Namespace) -> None:
@@ -59,7 +53,7 @@ def _to_hf(options: argparse.Namespace) -> None:
             tokenizer=tokenizer,
             name=options.target.resolve().name,
             shard_bytes=options.shard_mebibytes * 2**20,
-            progress=_bar,
+            progress=progress_bar,
         )
         if options.verify:
             _verify(options.source, folder)
@@ -71,7 +65,7 @@ def _from_hf(options: argparse.Namespace) -> None:
     source = SafetensorsReader(options.source)
     engine = None if options.transformer_impl is None else options.transformer_impl == "transformer_engine"
     with _appearing(options, options.source) as folder:
-        arguments = from_hf(source, folder, transformer_engine=engine, progress=_bar)
+        arguments = from_hf(source, folder, transformer_engine=engine, progress=progress_bar)
         if options.verify:
             _verify(folder, options.source)
     print(f"{options.target}: weights without optimizer; train on with these and your training flags:")
@@ -96,10 +90,6 @@ def _tokenizer_of(source: TorchDistReader) -> Path | None:
     """The tokenizer that the run used, if it is of Hugging Face and still there."""
     path = getattr(source.arguments, "tokenizer_model", None)
     return Path(path) if path and (Path(path) / "tokenizer_config.json").exists() else None
-
-
-def _bar(keys, description: str):
-    return tqdm(keys, desc=description, unit="tensor", disable=None)
 
 
 def _positive(text: str) -> int:

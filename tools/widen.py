@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 # What Megatron would train faster with, and that nobody else takes part: neither concerns a conversion.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+from megatron_vwn_tools._conversion import exit_code, progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint.arguments import megatron_arguments  # noqa: E402
 from megatron_vwn.checkpoint.convert import write_megatron  # noqa: E402
@@ -32,15 +33,7 @@ from megatron_vwn.training.arguments import add_arguments, virtual_width_from_ar
 
 def main(argv: list[str] | None = None) -> int:
     """Widen one model; returns the exit code."""
-    try:
-        _widen(_parser().parse_args(argv))
-    except VirtualWidthError as refusal:
-        print(f"vwn-widen: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vwn-widen: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("vwn-widen", lambda: _widen(_parser().parse_args(argv)))
 
 
 def _widen(options: argparse.Namespace) -> None:
@@ -67,7 +60,7 @@ def _widen(options: argparse.Namespace) -> None:
     arguments = arguments | model_arguments | {"params_dtype": dtype}
     arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl", "transformer_engine")
     with appearing_whole(options.target, overwrite=options.overwrite, sources=[options.source]) as folder:
-        write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=_bar)
+        write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=progress_bar)
     further = ""
     if model.further:
         further = "; its further predictions " + ("begin with a new fusion" if fresh else "are gone")
@@ -75,10 +68,6 @@ def _widen(options: argparse.Namespace) -> None:
     print("Train on with these and your training flags; ranks that do not divide the vocabulary pad it with new rows:")
     words = command_line(model_arguments | {"transformer_impl": arguments["transformer_impl"]})
     print("   ", shlex.join(["--load", str(options.target), *words]))
-
-
-def _bar(keys, description: str):
-    return tqdm(keys, desc=description, unit="tensor", disable=None)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -155,7 +155,7 @@ def test_interrupted(saves, tmp_path, capsys, monkeypatch):
         yield from list(keys)[:20]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "_bar", bar)
+    monkeypatch.setattr(convert, "progress_bar", bar)
     said = refused(["to-hf", saves / NAME, tmp_path / "target"], capsys, tmp_path, code=130)
     assert said == "vwn-convert: interrupted; nothing was written.\n"
     refused(["from-hf", saves / f"{NAME} in HF", tmp_path / "target"], capsys, tmp_path, code=130)
