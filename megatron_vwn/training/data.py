@@ -27,6 +27,8 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_vwn.training.dali_data import DaliLoader, data_loaders
+
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 # A loss ten times the largest so far is worth a second computation (--check-for-spiky-loss).
 _SPIKE = 10
@@ -36,23 +38,24 @@ _straggler_detector = StragglerDetector()
 
 def train_valid_test_datasets_provider(
     train_val_test_num_samples: tuple[int, int | None, int], vp_stage: int | None = None
-) -> list[torch.utils.data.Dataset | None]:
+) -> list[torch.utils.data.Dataset | DaliLoader | None]:
     """Build the training, validation and test data that Megatron's flags describe; call it on every rank.
 
     Rank 0 builds the sample indices and writes them to --data-cache-path, or to PREFIX/cache; the other ranks wait for
-    it and read them. A rank that needs no batch gets None.
+    it and read them. A rank that needs no batch gets None. With --dataloader-type external the rank gets iterators.
 
     Args:
         train_val_test_num_samples: samples to provide; None for one epoch.
         vp_stage: virtual pipeline stage of this model chunk.
     """
     args = get_args()
-    return BlendedMegatronDatasetBuilder(
+    datasets = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         train_val_test_num_samples,
         lambda: mpu.get_tensor_model_parallel_rank() == 0 and _needs_batch(vp_stage),
         _dataset_config(args, get_tokenizer()),
     ).build()
+    return data_loaders(args, datasets) if args.dataloader_type == "external" else datasets
 
 
 # Every rank calls the provider, not only those of tensor-parallel rank 0.

@@ -12,6 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.training.dali_data import check_dali
 from megatron_vwn.training.indexed_data import (
     check_index_cache,
     check_indexed_dataset,
@@ -105,7 +106,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             "with --no-masked-softmax-fusion and without --no-create-attention-mask-in-dataloader."
         )
     if args.dataloader_type == "external":
-        raise VirtualWidthError("--dataloader-type external brings no data loader here: choose single or cyclic.")
+        check_dali(args)
     one_blend = args.data_path is not None or args.data_args_path is not None
     per_split = args.per_split_data_args_path is not None or any(
         path is not None for path in (args.train_data_path, args.valid_data_path, args.test_data_path)

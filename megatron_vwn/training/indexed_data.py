@@ -141,6 +141,20 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
     return IndexedDatasetSize(num_marks - 1, tokens, dtype)
 
 
+def map_sequences(prefix: str) -> tuple[np.memmap, np.memmap, np.memmap]:
+    """Map PREFIX.bin and what PREFIX.idx says about its sequences; both must have passed ``check_indexed_dataset``.
+
+    Returns:
+        Tokens [tokens] in the type that the index states, and of every sequence its length in tokens [sequences] int32
+        and its offset in bytes [sequences] int64.
+    """
+    idx = Path(f"{prefix}.idx")
+    dtype, count, _ = _read_header(idx)
+    lengths = np.memmap(idx, "<i4", "r", _HEADER.size, (count,))
+    offsets = np.memmap(idx, "<i8", "r", _HEADER.size + lengths.nbytes, (count,))
+    return np.memmap(f"{prefix}.bin", dtype, "r"), lengths, offsets
+
+
 def check_index_cache(prefix: str, cache: Path) -> None:
     """Refuse sample indices that Megatron made for older data under the same name.
 
