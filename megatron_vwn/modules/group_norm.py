@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.partitioned import PartitionedModule
+from megatron_vwn.ops import composed
 
 
 class GroupNorm(PartitionedModule):
@@ -28,15 +29,14 @@ class GroupNorm(PartitionedModule):
             self.add_parameter("bias", over_width)
 
     def forward(self, h_TNE: Tensor) -> Tensor:
-        """This rank's state, normed, in the accumulation dtype."""
-        return ops.group_norm(
-            h_TNE,
-            self._local_channels(self.weight),
-            None if self.bias is None else self._local_channels(self.bias),
-            m=self.group,
-            eps=self.config.layernorm_epsilon,
-            segment_size=self.segment_size,
-            total=self.partition.total,
+        """This rank's state, normed, in the accumulation dtype, or in its own where a kernel computes."""
+        weight = self._local_channels(self.weight)
+        bias = None if self.bias is None else self._local_channels(self.bias)
+        eps = self.config.layernorm_epsilon
+        if not self.partition.splits_width:
+            return ops.group_norm(h_TNE, weight, bias, m=self.group, eps=eps, kernels=self.virtual_width.kernels)
+        return composed.group_norm(
+            h_TNE, weight, bias, m=self.group, eps=eps, segment_size=self.segment_size, total=self.partition.total
         )
 
     def _local_channels(self, parameter: Tensor) -> Tensor:

@@ -1,11 +1,23 @@
-"""The arithmetic of virtual width on plain tensors; imports torch and nothing of Megatron.
+"""The arithmetic of virtual width on plain tensors; imports torch and Triton and nothing of Megatron.
 
 ``read`` and ``write`` are pure functions of the state and pass no coefficients to each other. The module
 ``parameters`` has the legend of shape suffixes and what a connection is made of, ``reference`` the paper's equations,
-``composed`` the torch implementation that the names below stand for.
+``composed`` the torch implementation, ``kernels`` the fused one, and ``dispatch`` chooses between the two for the names
+below.
 """
 
-from megatron_vwn.ops.composed import average_copies, group_norm, read, tile, write
+from megatron_vwn.ops.composed import average_copies, tile
+from megatron_vwn.ops.dispatch import by_kernels, group_norm, read, why_not_kernels, write, write_read
 from megatron_vwn.ops.parameters import ConnectionParameters
 
-__all__ = ["ConnectionParameters", "average_copies", "group_norm", "read", "tile", "write"]
+__all__ = [
+    "ConnectionParameters",
+    "average_copies",
+    "by_kernels",
+    "group_norm",
+    "read",
+    "tile",
+    "why_not_kernels",
+    "write",
+    "write_read",
+]

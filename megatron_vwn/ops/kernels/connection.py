@@ -1,0 +1,164 @@
+"""``read``, ``write`` and ``write_read`` as autograd functions around the kernels."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_vwn.ops.kernels.folding import Columns, Folded, ProgramSums, fold, unfold
+from megatron_vwn.ops.kernels.launch import launch, programs, tiles
+from megatron_vwn.ops.kernels.read_kernels import read_backward, read_forward
+from megatron_vwn.ops.kernels.tiling import Geometry
+from megatron_vwn.ops.kernels.write_kernels import write_backward, write_forward
+from megatron_vwn.ops.kernels.write_read_kernels import write_read_backward, write_read_forward
+from megatron_vwn.ops.parameters import ConnectionParameters
+
+
+def read(h_TNE: Tensor, p: ConnectionParameters) -> Tensor:
+    """X = A_read^T H: [T, D] in the dtype of h."""
+    return _Read.apply(_Shape(p), h_TNE, *Columns.of(p, p.read_columns))
+
+
+def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
+    """H' = B^T Y + A_carry^T H: [T, N, E] in the dtype of h."""
+    return _Write.apply(_Shape(p), h_TNE, y_TD, *Columns.of(p, p.write_columns))
+
+
+def write_read(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters, p_next: ConnectionParameters):
+    """The write of one connection and the read of the next: H' [T, N, E] and X [T, D] in the dtype of h."""
+    columns = (*Columns.of(p, p.write_columns), *Columns.of(p_next, p_next.read_columns))
+    return _WriteRead.apply(_Shape(p), h_TNE, y_TD, *columns)
+
+
+class _Shape:
+    """What a connection is, without its tensors."""
+
+    def __init__(self, p: ConnectionParameters):
+        self.m, self.n, self.carry, self.eps = p.m, p.n, p.num_carry, p.eps
+        self.dynamic, self.sigmoid = p.dynamic, p.gate == "sigmoid"
+
+    def geometry(self, kernel: triton.JITFunction, h_TNE: Tensor) -> Geometry:
+        """Constants of a kernel that works on H."""
+        return Geometry.of(
+            m=self.m,
+            n=self.n,
+            carry=self.carry,
+            segment_size=h_TNE.shape[-1],
+            dynamic=self.dynamic,
+            sigmoid=self.sigmoid,
+            dtype=h_TNE.dtype,
+            kernel=kernel.__name__,
+        )
+
+    def scalars(self, h_TNE: Tensor) -> tuple[int, float, float]:
+        """Tokens, eps and 1/tau, the arguments that every kernel ends with."""
+        return h_TNE.shape[0], self.eps, 1 / math.sqrt(h_TNE.shape[-1])
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shape: _Shape, h_TNE: Tensor, *columns: Tensor | None) -> Tensor:
+        h_TNE = h_TNE.contiguous()
+        ctx.shape = shape
+        ctx.save_for_backward(h_TNE, *columns)
+        geometry = shape.geometry(read_forward, h_TNE)
+        x_TME = h_TNE.new_empty(h_TNE.shape[0], shape.m, h_TNE.shape[-1])
+        p = fold(Columns(*columns), h_TNE.dtype)
+        launch(
+            read_forward, tiles(h_TNE, geometry), geometry,
+            h_TNE, p.weight_KE, p.routing_NK, p.scale_NK, x_TME, *shape.scalars(h_TNE),
+        )  # fmt: skip
+        return x_TME.flatten(1)
+
+    @staticmethod
+    def backward(ctx, dx_TD: Tensor):
+        h_TNE, *columns = ctx.saved_tensors
+        return None, *read_gradients(ctx.shape, h_TNE, dx_TD, Columns(*columns))
+
+
+def read_gradients(shape: _Shape, h_TNE: Tensor, dx_TD: Tensor, columns: Columns) -> tuple[Tensor | None, ...]:
+    """dH and the gradients of the columns."""
+    geometry = shape.geometry(read_backward, h_TNE)
+    p, dh_TNE = fold(columns, h_TNE.dtype), torch.empty_like(h_TNE)
+    grid = programs(h_TNE, tiles(h_TNE, geometry))
+    sums = ProgramSums(grid, geometry, h_TNE, carry=False, blocks=1)
+    launch(
+        read_backward, grid, geometry,
+        h_TNE, dx_TD.contiguous(), p.weight_KE, p.routing_NK, p.scale_NK,
+        dh_TNE, sums.weight_PKE, sums.routing_P, sums.scale_P, *shape.scalars(h_TNE),
+    )  # fmt: skip
+    return dh_TNE, *unfold(columns, *sums.total())
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shape: _Shape, h_TNE: Tensor, y_TD: Tensor, *columns: Tensor | None) -> Tensor:
+        h_TNE, y_TD = h_TNE.contiguous(), y_TD.contiguous()
+        ctx.shape = shape
+        ctx.save_for_backward(h_TNE, y_TD, *columns)
+        geometry, out_TNE = shape.geometry(write_forward, h_TNE), torch.empty_like(h_TNE)
+        p = fold(Columns(*columns), h_TNE.dtype)
+        launch(
+            write_forward, tiles(h_TNE, geometry), geometry,
+            h_TNE, y_TD, p.weight_KE, p.routing_NK, p.scale_NK, out_TNE, *shape.scalars(h_TNE),
+        )  # fmt: skip
+        return out_TNE
+
+    @staticmethod
+    def backward(ctx, dout_TNE: Tensor):
+        h_TNE, y_TD, *columns = ctx.saved_tensors
+        shape, columns = ctx.shape, Columns(*columns)
+        geometry = shape.geometry(write_backward, h_TNE)
+        p, dh_TNE, dy_TD = fold(columns, h_TNE.dtype), torch.empty_like(h_TNE), torch.empty_like(y_TD)
+        grid = programs(h_TNE, tiles(h_TNE, geometry))
+        sums = ProgramSums(grid, geometry, h_TNE, carry=shape.carry > 0, blocks=1)
+        launch(
+            write_backward, grid, geometry,
+            h_TNE, y_TD, dout_TNE.contiguous(), p.weight_KE, p.routing_NK, p.scale_NK,
+            dh_TNE, dy_TD, sums.weight_PKE, sums.routing_P, sums.scale_P, *shape.scalars(h_TNE),
+        )  # fmt: skip
+        return None, dh_TNE, dy_TD, *unfold(columns, *sums.total())
+
+
+class _WriteRead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shape: _Shape, h_TNE: Tensor, y_TD: Tensor, *columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        h_TNE, y_TD = h_TNE.contiguous(), y_TD.contiguous()
+        ctx.shape = shape
+        ctx.save_for_backward(h_TNE, y_TD, *columns)
+        geometry, out_TNE = shape.geometry(write_read_forward, h_TNE), torch.empty_like(h_TNE)
+        x_TME = h_TNE.new_empty(h_TNE.shape[0], shape.m, h_TNE.shape[-1])
+        w, r = _fold_both(columns, h_TNE.dtype)
+        launch(
+            write_read_forward, tiles(h_TNE, geometry), geometry,
+            h_TNE, y_TD, w.weight_KE, w.routing_NK, w.scale_NK, r.weight_KE, r.routing_NK, r.scale_NK,
+            out_TNE, x_TME, *shape.scalars(h_TNE),
+        )  # fmt: skip
+        return out_TNE, x_TME.flatten(1)
+
+    @staticmethod
+    def backward(ctx, dout_TNE: Tensor, dx_TD: Tensor):
+        h_TNE, y_TD, *columns = ctx.saved_tensors
+        shape = ctx.shape
+        geometry = shape.geometry(write_read_backward, h_TNE)
+        w, r = _fold_both(columns, h_TNE.dtype)
+        dh_TNE, dy_TD = torch.empty_like(h_TNE), torch.empty_like(y_TD)
+        grid = programs(h_TNE, tiles(h_TNE, geometry))
+        sums = ProgramSums(grid, geometry, h_TNE, carry=shape.carry > 0, blocks=2)
+        scratch = h_TNE.new_empty(grid * geometry.scratch, dtype=torch.float32)
+        launch(
+            write_read_backward, grid, geometry,
+            h_TNE, y_TD, dx_TD.contiguous(), dout_TNE.contiguous(),
+            w.weight_KE, w.routing_NK, w.scale_NK, r.weight_KE, r.routing_NK, r.scale_NK,
+            dh_TNE, dy_TD, sums.weight_PKE, sums.routing_P, sums.scale_P, scratch, *shape.scalars(h_TNE),
+        )  # fmt: skip
+        routing_NK, scale_NK, weight_KE = sums.total()
+        split = shape.carry + shape.m
+        written = unfold(Columns(*columns[:4]), routing_NK[:, :split], scale_NK[:, :split], weight_KE[:split])
+        was_read = unfold(Columns(*columns[4:]), routing_NK[:, split:], scale_NK[:, split:], weight_KE[split:])
+        return None, dh_TNE, dy_TD, *written, *was_read
+
+
+def _fold_both(columns: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Folded, Folded]:
+    return fold(Columns(*columns[:4]), dtype), fold(Columns(*columns[4:]), dtype)

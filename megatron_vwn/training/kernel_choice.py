@@ -1,0 +1,45 @@
+"""Which implementation ``--vwn-kernels`` means on this machine; said once, refused where it cannot be."""
+
+import argparse
+import os
+from importlib.util import find_spec
+
+from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.ops import why_not_kernels
+
+
+def describe_kernels(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> str:
+    """What will read and write the stream, for the line about a run's stream.
+
+    Args:
+        args: Megatron's arguments.
+        virtual_width: the stream.
+        gpu: whether a GPU is present (not an emulated one).
+
+    Raises:
+        VirtualWidthError: ``--vwn-kernels triton`` where the kernels cannot compute.
+    """
+    if virtual_width.kernels == "torch":
+        return "torch operations"
+    reason = _why_not(args, virtual_width, gpu=gpu)
+    if reason is None:
+        return "fused Triton kernels" if gpu else "fused Triton kernels in Triton's interpreter"
+    if virtual_width.kernels == "triton":
+        raise VirtualWidthError(
+            f"--vwn-kernels triton cannot compute this stream, because {reason}: choose --vwn-kernels auto or torch."
+        )
+    return f"torch operations instead of Triton kernels ({reason})"
+
+
+def _why_not(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> str | None:
+    partition = virtual_width.resolve_partition(
+        tensor_parallel_size=args.tensor_model_parallel_size, sequence_parallel=args.sequence_parallel
+    )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and virtual_width.kernels == "triton"
+    if not gpu and not interpreted:
+        return "there is no GPU"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if partition == "width":
+        return "the width partition sums over ranks between their steps"
+    return why_not_kernels(virtual_width.n, doubly_stochastic=virtual_width.carry == "doubly-stochastic")

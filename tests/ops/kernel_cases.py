@@ -1,0 +1,65 @@
+"""Which streams the kernels are tested with; every pair, segment size, number of tokens, switch and dtype appears.
+
+T = 7 and 129 are multiples of no tile; E = 96 is no power of two. Large ones are few: the interpreter needs a second
+for what a GPU does in microseconds.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+PAIRS = [(1, 1), (1, 4), (1, 8), (2, 3), (2, 4), (4, 4), (4, 16), (4, 32), (8, 64)]
+SWITCHES = {
+    "tanh, full": {},
+    "sigmoid, full": {"gate": "sigmoid"},
+    "tanh, identity": {"carry": "identity"},
+    "sigmoid, identity": {"gate": "sigmoid", "carry": "identity"},
+    "static, full": {"dynamic": False},
+    "static, identity": {"dynamic": False, "carry": "identity"},
+}
+_OF_EVERY_PAIR = [
+    (torch.float32, 7, 96, "sigmoid, full"),
+    (torch.float32, 7, 32, "tanh, identity"),
+    (torch.float32, 1, 256, "sigmoid, identity"),
+    (torch.float32, 7, 96, "static, full"),
+    (torch.float32, 1, 32, "static, identity"),
+    (torch.bfloat16, 7, 96, "tanh, full"),
+    (torch.float16, 7, 96, "tanh, full"),
+]
+_LARGER = {
+    (torch.float32, 129, 32, "tanh, full"): [(1, 1), (1, 4), (2, 3), (4, 4)],
+    (torch.bfloat16, 129, 32, "tanh, full"): [(2, 3), (1, 8)],
+    (torch.float32, 1, 1024, "tanh, full"): [(1, 4), (8, 64)],
+    (torch.bfloat16, 1, 1024, "tanh, full"): [(2, 3), (4, 32)],
+    (torch.float32, 7, 96, "tanh, full"): [(2, 4), (4, 16), (4, 32), (8, 64)],
+}
+
+
+class Case(NamedTuple):
+    """One stream."""
+
+    m: int
+    n: int
+    dtype: torch.dtype
+    tokens: int
+    segment: int
+    switches: str
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"({self.m},{self.n}) E={self.segment} T={self.tokens} {dtype}, {self.switches}"
+
+
+CASES = [Case(m, n, *size) for m, n in PAIRS for size in _OF_EVERY_PAIR]
+CASES += [Case(*pair, *size) for size, pairs in _LARGER.items() for pair in pairs]
+# What needs more tokens than an interpreter can.
+GPU_CASES = CASES + [
+    Case(m, n, dtype, tokens, segment, "tanh, full")
+    for m, n in PAIRS
+    for dtype, tokens, segment in ((torch.float32, 129, 32), (torch.bfloat16, 129, 1024), (torch.bfloat16, 4096, 256))
+]
+
+# fp32: rounding of sums over E. Half precisions: inputs and outputs carry one rounding (2^-9 and 2^-12), and so do the
+# deviations and (g o W) as factors of a product.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}

@@ -1,0 +1,126 @@
+"""Checks of the fused kernels against the fp64 reference, on the device they are given: the interpreter's, or a GPU."""
+
+import torch
+from ops.connections import connection, gradients, leaves, state_and_output
+from ops.kernel_cases import SWITCHES, Case
+
+from megatron_vwn.ops import reference
+from megatron_vwn.ops.kernels import connection as kernels
+from megatron_vwn.ops.kernels.group_norm import group_norm
+
+# Sums over tokens of the same terms, which may cancel in one of them: their errors are measured against both.
+_TOGETHER = [("drouting", "dscale"), ("dnext routing", "dnext scale")]
+
+
+def check_parity(case: Case, device: str = "cpu") -> dict[str, float]:
+    """Relative errors of outputs and of each gradient by name, for the three operations, as "operation: name"."""
+    p, q = (
+        _moved(connection(case.m, case.n, case.segment, **SWITCHES[case.switches], dtype=case.dtype, seed=seed), device)
+        for seed in (0, 9)
+    )
+    h, y = (
+        t.detach().to(device).requires_grad_() for t in state_and_output(case.tokens, p, case.segment, dtype=case.dtype)
+    )
+    inputs = {"h": h, "y": y, **leaves(p), **{f"next {name}": leaf for name, leaf in leaves(q).items()}}
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    exact_p, exact_q = _replaced(p, exact, ""), _replaced(q, exact, "next ")
+    between = reference.write(exact["h"], exact["y"], exact_p)
+    out, x = kernels.write_read(h, y, p, q)
+    operations = {
+        "read": ({"x": kernels.read(h, p)}, {"x": reference.read(exact["h"], exact_p)}),
+        "write": ({"h'": kernels.write(h, y, p)}, {"h'": reference.write(exact["h"], exact["y"], exact_p)}),
+        "write_read": ({"h'": out, "x": x}, {"h'": between, "x": reference.read(between, exact_q)}),
+    }
+    errors = {}
+    for operation, (actual, expected) in operations.items():
+        compared = {name: (actual[name], expected[name]) for name in actual}
+        wanted = gradients(expected.values(), exact, case.dtype)
+        found = gradients(actual.values(), inputs, case.dtype)
+        compared |= {f"d{name}": (found[name], wanted[name]) for name in inputs if wanted[name] is not None}
+        errors |= {f"{operation}: {name}": error for name, error in _errors(compared).items()}
+        for name, tensor in actual.items():
+            assert tensor.dtype == case.dtype, f"{name} has the dtype {tensor.dtype}"
+    return errors
+
+
+def check_group_norm(dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
+    """Relative errors of the group norm, for groups of sizes that are no power of two and no tokens at all."""
+    errors = {}
+    for tokens, m, n, segment in ((5, 2, 6, 48), (7, 1, 8, 40), (3, 4, 4, 16), (0, 2, 4, 8)):
+        generator = torch.Generator().manual_seed(0)
+        h, weight, dout = (
+            torch.randn(*shape, generator=generator).to(device, dtype)
+            for shape in ((tokens, n, segment), (n, segment), (tokens, n, segment))
+        )
+        actual, expected = {}, {}
+        for results, inputs in ((actual, (h, weight)), (expected, (h.double(), weight.double()))):
+            inputs = [tensor.requires_grad_() for tensor in inputs]
+            results["out"] = (
+                group_norm(*inputs, m=m, eps=1e-5)
+                if results is actual
+                else reference.group_norm(*inputs, None, m, 1e-5)
+            )
+            results["dh"], results["dweight"] = torch.autograd.grad(results["out"], inputs, dout.to(inputs[0].dtype))
+        found = _errors({name: (actual[name], expected[name]) for name in actual})
+        errors |= {f"{tokens} x {n} x {segment}: {name}": error for name, error in found.items()}
+    return errors
+
+
+def check_odd_inputs(device: str = "cpu") -> None:
+    """No tokens, inputs and gradients that are not contiguous, and a sublayer of another dtype than the stream."""
+    p = _moved(connection(2, 6, 32, dtype=torch.float32), device)
+    h, y = (t.detach().to(device) for t in state_and_output(5, p, 32, dtype=torch.float32))
+    empty_h, empty_y = h[:0].clone().requires_grad_(), y[:0].clone().requires_grad_()
+    out, x = kernels.write_read(empty_h, empty_y, p, p)
+    assert out.shape == (0, 6, 32) and x.shape == (0, 64) and kernels.read(empty_h, p).shape == (0, 64)
+    dh, drouting = torch.autograd.grad(out.sum() + x.sum(), [empty_h, p.routing_NK])
+    assert dh.shape == empty_h.shape and not drouting.any()
+
+    strided = h.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert not strided.is_contiguous()
+    weights = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(3)).to(device).transpose(0, 1)
+    for one, other in ((strided, h.clone().requires_grad_()),):
+        results = []
+        for state in (one, other):
+            out = kernels.write(state, y, p)
+            results.append((out, *torch.autograd.grad(out, [state], weights)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+    half_y = y.bfloat16().requires_grad_()
+    (dy,) = torch.autograd.grad(kernels.write(h, half_y, p).sum(), [half_y])
+    assert dy.dtype == torch.bfloat16
+    torch.testing.assert_close(kernels.write(h, half_y, p), kernels.write(h, half_y.float(), p), rtol=0, atol=0)
+
+
+def check_repeats(device: str = "cpu") -> None:
+    """Two backward passes of many programs give the same bits."""
+    p = _moved(connection(2, 3, 32, dtype=torch.float32), device)
+    h, y = (t.detach().to(device).requires_grad_() for t in state_and_output(129, p, 32, dtype=torch.float32))
+    inputs = [h, y, *leaves(p).values()]
+    first, second = (gradients(kernels.write_read(h, y, p, p), dict(enumerate(inputs))) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def _errors(compared: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    differences = {name: (a.double() - e).norm().item() for name, (a, e) in compared.items()}
+    sizes = {name: e.norm().item() for name, (_, e) in compared.items()}
+    for group in _TOGETHER:
+        largest = max((sizes[name] for name in group if name in sizes), default=0.0)
+        sizes |= {name: largest for name in group if name in sizes}
+    return {name: difference / max(sizes[name], 1e-30) for name, difference in differences.items()}
+
+
+def _moved(p, device):
+    moved = {name: None if t is None else t.detach().to(device).requires_grad_() for name, t in _tensors(p).items()}
+    return p._replace(**moved)
+
+
+def _tensors(p):
+    return {name: getattr(p, name) for name in ("routing_NK", "scale_NK", "weight_EK", "norm_E")}
+
+
+def _replaced(p, exact, prefix):
+    names = {"routing_NK": "routing", "scale_NK": "scale", "weight_EK": "weight", "norm_E": "norm"}
+    return p._replace(**{field: exact.get(prefix + name) for field, name in names.items()})

@@ -1,0 +1,45 @@
+"""The kernels in Triton's interpreter, in a process of their own: importing Triton decides what is interpreted.
+
+Prints one line of JSON per check. Arguments choose checks by the beginning of their names.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from ops.kernel_cases import CASES, TOLERANCE
+from ops.kernel_checks import check_group_norm, check_odd_inputs, check_parity, check_repeats
+from ops.kernel_traffic import TRAFFIC_PAIRS, check_traffic
+
+
+def within(errors, tolerance):
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, wrong
+
+
+CHECKS = {
+    **{f"parity {case.name}": lambda case=case: within(check_parity(case), TOLERANCE[case.dtype]) for case in CASES},
+    **{
+        f"group norm {dtype}": lambda dtype=dtype: within(check_group_norm(dtype), TOLERANCE[dtype])
+        for dtype in TOLERANCE
+    },
+    **{f"traffic ({m},{n})": lambda m=m, n=n: check_traffic(m, n) for m, n in TRAFFIC_PAIRS},
+    "odd inputs": check_odd_inputs,
+    "repeats": check_repeats,
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, check in CHECKS.items():
+        if sys.argv[1:] and not name.startswith(tuple(sys.argv[1:])):
+            continue
+        try:
+            check()
+            fault = None
+        except Exception:
+            fault = traceback.format_exc()
+        print(json.dumps({"name": name, "fault": fault}), flush=True)

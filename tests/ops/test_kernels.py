@@ -1,0 +1,78 @@
+"""The fused kernels against the fp64 reference: in Triton's interpreter here, on a GPU where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ops.kernel_cases import CASES, GPU_CASES, TOLERANCE
+
+TESTS = Path(__file__).parents[1]
+TRAFFIC = ["(1,1)", "(1,4)", "(2,3)", "(1,8)", "(4,16)", "(4,32)", "(8,64)"]
+NAMES = [
+    *(f"parity {case.name}" for case in CASES),
+    *(f"group norm {dtype}" for dtype in TOLERANCE),
+    *(f"traffic {pair}" for pair in TRAFFIC),
+    "odd inputs",
+    "repeats",
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernels") / "report.jsonl"
+    with path.open("w") as file:
+        run = subprocess.run(
+            [sys.executable, TESTS / "ops" / "session_kernels.py"],
+            env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return {line["name"]: line["fault"] for line in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_the_interpreter(report, name):
+    assert report[name] is None, report[name]
+
+
+def test_every_check_is_known(report):
+    assert sorted(report) == sorted(NAMES)
+
+
+def test_a_new_number_of_tokens_compiles_nothing():
+    """Triton compiles again for an argument that is 1 or a multiple of 16, unless it is told not to."""
+    from megatron_vwn.ops.kernels import group_norm, read_kernels, write_kernels, write_read_kernels
+
+    modules = (read_kernels, write_kernels, write_read_kernels, group_norm)
+    kernels = {
+        name: k for module in modules for name, k in vars(module).items() if name.endswith(("_forward", "_backward"))
+    }
+    assert len(kernels) >= 8
+    for name, kernel in kernels.items():
+        free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        assert "T" in free or "T" not in kernel.arg_names, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
+def test_on_a_gpu(case):
+    from ops.kernel_checks import check_parity
+
+    errors = check_parity(case, "cuda")
+    assert all(error <= TOLERANCE[case.dtype] for error in errors.values()), errors
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_group_norm_odd_inputs_and_repeats_on_a_gpu():
+    from ops.kernel_checks import check_group_norm, check_odd_inputs, check_repeats
+
+    for dtype, tolerance in TOLERANCE.items():
+        assert all(error <= tolerance for error in check_group_norm(dtype, "cuda").values())
+    check_odd_inputs("cuda")
+    check_repeats("cuda")
