@@ -100,6 +100,7 @@ def check_layout(recipe: Recipe) -> None:
     if tensor > 1 and recipe.get("num-experts") and not recipe.get("sequence-parallel"):
         raise VirtualWidthError("experts on several tensor-parallel ranks need sequence-parallel: make it true.")
     check_stages(recipe)
+    _check_recompute(recipe)
     _check_virtual_width(recipe, tensor)
 
 
@@ -116,6 +117,14 @@ def _divide(whole: int, parts: int, whole_said: str, parts_said: str) -> None:
     if whole % parts:
         product = f" = {parts}" if " x " in parts_said else ""
         raise VirtualWidthError(f"{whole_said} cannot be divided by {parts_said}{product}: change one of them.")
+
+
+def _check_recompute(recipe: Recipe) -> None:
+    uniform = recipe.get("recompute-granularity") == "full" and recipe.get("recompute-method") == "uniform"
+    if uniform and "/" in hybrid_pattern(recipe) and recipe.number("recompute-num-layers", 1) > 1:
+        raise VirtualWidthError(
+            "Megatron recomputes a layer of multi-token prediction only with recompute-num-layers 1: make it 1."
+        )
 
 
 def _check_interleaving(recipe: Recipe, pipeline: int, micro_batches: int) -> None:

@@ -1,0 +1,99 @@
+"""Rates that the planner calculates with: peaks from data sheets, and what share of them is assumed to be reached.
+
+None of these is measured here. All are printed with a plan, and each can be given on the command line.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from megatron_vwn.config import VirtualWidthError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """One kind of GPU, how it is wired, and what is assumed of it.
+
+    Attributes:
+        memory_gb: 10^9 bytes. Some per cent more are there, which the CUDA context, NCCL and fragmentation take.
+        matrix_tflops: dense bf16 products, 10^12 FLOPs per second.
+        memory_gbs: HBM, 10^9 bytes per second, reads and writes together.
+        nvlink_gbs: one GPU to the others of its node, one direction, 10^9 bytes per second.
+        network_gbs: one GPU to other nodes, one direction, 10^9 bytes per second.
+        matrix_share: of ``matrix_tflops`` reached by dense products.
+        expert_share: the same for grouped products of experts.
+        attention_share: the same for fused attention.
+        memory_share: of ``memory_gbs`` reached by kernels that only move data.
+        link_share: of both link rates reached by collectives.
+        data_overlap: part of the data-parallel communication that may hide behind the passes beside it.
+        imbalance: tokens of the fullest expert-parallel rank over the mean.
+    """
+
+    memory_gb: float
+    matrix_tflops: float
+    memory_gbs: float
+    nvlink_gbs: float
+    network_gbs: float = 50.0
+    matrix_share: float = 0.55
+    expert_share: float = 0.40
+    attention_share: float = 0.45
+    memory_share: float = 0.80
+    link_share: float = 0.75
+    data_overlap: float = 0.80
+    imbalance: float = 1.0
+
+    @property
+    def matrix(self) -> float:
+        """FLOPs per second of dense products."""
+        return self.matrix_tflops * 1e12 * self.matrix_share
+
+    @property
+    def expert(self) -> float:
+        """FLOPs per second of experts' products."""
+        return self.matrix_tflops * 1e12 * self.expert_share
+
+    @property
+    def attention(self) -> float:
+        """FLOPs per second of the core of attention."""
+        return self.matrix_tflops * 1e12 * self.attention_share
+
+    @property
+    def memory(self) -> float:
+        """Bytes per second of kernels that only move data."""
+        return self.memory_gbs * 1e9 * self.memory_share
+
+    def link(self, within_node: bool) -> float:
+        """Bytes per second that one GPU sends."""
+        return (self.nvlink_gbs if within_node else self.network_gbs) * 1e9 * self.link_share
+
+
+# NVIDIA's data sheets of the SXM modules, without sparsity; 400 Gb/s of network per GPU as in DGX nodes.
+HARDWARE = {
+    "h100": Rates(memory_gb=80, matrix_tflops=989, memory_gbs=3350, nvlink_gbs=450),
+    "h200": Rates(memory_gb=141, matrix_tflops=989, memory_gbs=4800, nvlink_gbs=450),
+    "b200": Rates(memory_gb=180, matrix_tflops=2250, memory_gbs=7700, nvlink_gbs=900),
+}
+SHARES = ("matrix_share", "expert_share", "attention_share", "memory_share", "link_share", "data_overlap")
+
+
+def rates(hardware: str, overrides: dict[str, float | None]) -> Rates:
+    """The rates of a kind of GPU with some of them replaced.
+
+    Raises:
+        VirtualWidthError: unknown hardware, or a rate that cannot be.
+    """
+    if hardware not in HARDWARE:
+        raise VirtualWidthError(f"there are no rates of {hardware}: choose one of {', '.join(HARDWARE)}.")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        lowest = 0 if name == "data_overlap" else 1 if name == "imbalance" else None
+        if not value < float("inf") or (value <= 0 if lowest is None else value < lowest):
+            wanted = "more than 0" if lowest is None else f"at least {lowest}"
+            raise VirtualWidthError(f"{flag} is {value:g}: give a number of {wanted}.")
+        if name in SHARES and value > 1:
+            raise VirtualWidthError(f"{flag} is {value:g}: give a share of at most 1.")
+    return replace(HARDWARE[hardware], **given)
+
+
+def rate_names() -> list[str]:
+    """Everything that can be overridden."""
+    return [field.name for field in fields(Rates)]
