@@ -14,6 +14,10 @@ Gate = Literal["tanh", "sigmoid"]
 Carry = Literal["full", "identity", "doubly-stochastic"]
 Embedding = Literal["wide", "projected", "tiled"]
 Partition = Literal["sequence", "width", "replicated"]
+Kernels = Literal["auto", "triton", "torch"]
+
+# Fields that say how a run computes, not what: no checkpoint has them, and a run may change them when it resumes.
+OF_THE_RUN = ("partition", "recompute_block", "kernels")
 
 
 class VirtualWidthError(ValueError):
@@ -37,6 +41,10 @@ class VirtualWidthConfig:
             multiple of m and n > 2m.
         partition: how tensor-parallel ranks split the stream; None picks "sequence" with sequence parallelism and
             "width" without.
+        kernels: what reads and writes the stream: "triton" (fused kernels), "torch", or "auto" for the kernels wherever
+            they can run.
+        recompute_block: sublayers that share one stored state, from which the backward pass rebuilds theirs; None
+            keeps whatever autograd keeps.
         ngrams: lengths of the n-grams of tokens whose hashed embeddings are added to the over-width embedding.
         ngram_vocab: rows of the table of each length; given exactly when ``ngrams`` is.
         document_end: the token id that ends a document, which no n-gram crosses; the training entry point takes it
@@ -54,15 +62,20 @@ class VirtualWidthConfig:
     embedding: Embedding | None = None
     reduce_norm: bool | None = None
     partition: Partition | None = None
+    recompute_block: int | None = None
+    kernels: Kernels = "auto"
     ngrams: tuple[int, ...] = ()
     ngram_vocab: int | None = None
     document_end: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("m", "n"):
+        for name, optional in (("m", False), ("n", False), ("recompute_block", True)):
             value = getattr(self, name)
+            if optional and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise VirtualWidthError(f"--vwn-{name} is {value!r}: give a whole number of at least 1.")
+                flag = f"--vwn-{name.replace('_', '-')}"
+                raise VirtualWidthError(f"{flag} is {value!r}: give a whole number of at least 1.")
         if self.n < self.m:
             raise VirtualWidthError(
                 f"--vwn-n {self.n} is smaller than --vwn-m {self.m}: the stream needs at least the m segments of one "
@@ -74,6 +87,7 @@ class VirtualWidthConfig:
             ("carry", Carry, False),
             ("embedding", Embedding, True),
             ("partition", Partition, True),
+            ("kernels", Kernels, False),
         ):
             value = getattr(self, name)
             if value not in get_args(choices) and not (optional and value is None):

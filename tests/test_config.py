@@ -20,6 +20,8 @@ from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
         ({"m": 2, "n": 4, "embedding": "narrow"}, "wide, projected, tiled"),
         ({"m": 2, "n": 4, "partition": "token"}, "sequence, width, replicated"),
         ({"m": 2, "n": 3, "reduce_norm": True}, "--no-vwn-reduce-norm"),
+        ({"m": 2, "n": 4, "recompute_block": 0}, "--vwn-recompute-block is 0: give a whole number of at least 1"),
+        ({"m": 2, "n": 4, "recompute_block": 1.5}, "--vwn-recompute-block is 1.5"),
     ],
 )
 def test_values_no_model_can_have(settings, says):

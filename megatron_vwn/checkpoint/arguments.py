@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import fields
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.hf import VWNConfig
 
 # Fields of VWNConfig and the arguments that mean the same.
@@ -23,8 +23,8 @@ _SAME = {
     "fp32_residual_connection": "fp32_residual_connection",
     "initializer_range": "init_method_std",
 }
-VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name != "partition")
-"""Settings that a VWNConfig and Megatron's arguments call the same; no checkpoint has a partition."""
+VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name not in OF_THE_RUN)
+"""Settings that a VWNConfig and Megatron's arguments call the same."""
 _SAME_OF_EXPERTS = {
     "num_experts": "num_experts",
     "num_experts_per_tok": "moe_router_topk",

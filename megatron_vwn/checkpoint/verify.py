@@ -104,6 +104,7 @@ _ALONE = {
     "moe_enable_deepep": False,
     "moe_per_layer_logging": False,
     "vwn_partition": None,
+    "vwn_recompute_block": None,
 }
 _ALONE_WITHOUT_TRANSFORMER_ENGINE = {
     "transformer_impl": "local",

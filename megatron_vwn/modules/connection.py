@@ -1,5 +1,7 @@
 """Generalized Hyper-Connection: what replaces the residual connection of one sublayer."""
 
+from types import ModuleType
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.partitioned import PartitionedModule
-from megatron_vwn.ops import composed
+from megatron_vwn.ops import composed, recomputed
 
 
 class Connection(PartitionedModule):
@@ -30,6 +32,8 @@ class Connection(PartitionedModule):
     ):
         super().__init__(config, virtual_width, pg_collection)
         self.num_coefficients = 2 * virtual_width.m + virtual_width.num_carry
+        # Handles in place of states save nothing while the stages keep copies of them for themselves.
+        self._composed = composed if virtual_width.recompute_block is None else recomputed
         self.add_parameter("routing", virtual_width.n * self.num_coefficients)
         if virtual_width.dynamic:
             self.add_parameter("scale", virtual_width.n * self.num_coefficients)
@@ -49,6 +53,7 @@ class Connection(PartitionedModule):
             weight_EK=self.weight if vw.dynamic else None,
             norm_E=self.norm if vw.dynamic else None,
             doubly_stochastic=vw.carry == "doubly-stochastic",
+            kernels=vw.kernels,
         )
 
     def read(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -65,30 +70,61 @@ class Connection(PartitionedModule):
         p = self.parameters_by_shape()
         shape = (*hidden_states.shape[:-1], self.config.hidden_size)
         if not self.partition.splits_width:
-            return ops.read(h_TNE, p).view(shape), None
+            return self._whole(h_TNE, p).read(h_TNE, p).view(shape), None
         everything = slice(0, self.num_coefficients)
-        sums_TNK = self.partition.sum_over_channels(composed.project(h_TNE, p, everything)) if p.dynamic else None
+        sums_TNK = self.partition.sum_over_channels(self._composed.project(h_TNE, p, everything)) if p.dynamic else None
         deviation_TNK = self.partition.complete_gradient(
-            composed.deviations(sums_TNK, p, everything, self.segment_size)
+            self._composed.deviations(sums_TNK, p, everything, self.segment_size)
         )
-        x_TME = composed.mix_read(h_TNE, deviation_TNK[..., p.read_columns], p)
+        x_TME = self._composed.mix_read(h_TNE, deviation_TNK[..., p.read_columns], p)
         return self.partition.gather_channels(x_TME).reshape(shape), deviation_TNK[..., p.write_columns]
 
-    def write(self, hidden_states: Tensor, output: Tensor, deviation_TNK: Tensor | None) -> Tensor:
-        """The next over-width state.
+    def share(self, output: Tensor) -> Tensor:
+        """What this rank writes of a sublayer's output [s, b, D], as ``write`` takes it: [T, D], or under the width
+        partition its channels [T, M, E]."""
+        y_TD = output.reshape(-1, output.shape[-1])
+        if not self.partition.splits_width:
+            return y_TD
+        return self.partition.scatter_channels(y_TD.unflatten(-1, (self.virtual_width.m, self.segment_size)))
+
+    def write(self, hidden_states: Tensor, y: Tensor, deviation_TNK: Tensor | None) -> Tensor:
+        """The next over-width state. No rank communicates, so a rank may repeat it when it likes.
 
         Args:
             hidden_states: the state that was read, [s, b, N * E].
-            output: the sublayer's output [s, b, D], without a residual.
+            y: the sublayer's output, without a residual, as ``share`` gave it.
             deviation_TNK: what ``read`` returned.
 
         Returns:
-            The next state, of the shape and dtype of hidden_states.
+            The next state [T, N, E] of this rank, in the dtype of hidden_states.
         """
         h_TNE = self.segments(hidden_states)
         p = self.parameters_by_shape()
-        y_TD = output.reshape(-1, output.shape[-1])
         if not self.partition.splits_width:
-            return ops.write(h_TNE, y_TD, p).view(hidden_states.shape)
-        y_TME = self.partition.scatter_channels(y_TD.unflatten(-1, (p.m, self.segment_size)))
-        return composed.mix_write(h_TNE, y_TME, deviation_TNK, p).view(hidden_states.shape)
+            return self._whole(h_TNE, p).write(h_TNE, y, p)
+        return self._composed.mix_write(h_TNE, y, deviation_TNK, p)
+
+    def fuses_write_read(self, hidden_states: Tensor) -> bool:
+        """Whether a kernel does the write of this connection together with the read of the next one."""
+        if self.partition.splits_width:
+            return False
+        return ops.by_kernels(self.segments(hidden_states), self.parameters_by_shape())
+
+    def write_read(self, hidden_states: Tensor, y: Tensor, following: "Connection") -> tuple[Tensor, Tensor]:
+        """This connection's write and the following one's read at once; only where ``fuses_write_read``.
+
+        Args:
+            hidden_states: the state that this connection read, [s, b, N * E].
+            y: as ``write`` takes it.
+            following: the connection of the next sublayer.
+
+        Returns:
+            The next state [T, N, E] and the next sublayer's input [T, D].
+        """
+        h_TNE = self.segments(hidden_states)
+        return ops.write_read(h_TNE, y, self.parameters_by_shape(), following.parameters_by_shape())
+
+    def _whole(self, h_TNE: Tensor, p: ops.ConnectionParameters) -> ModuleType:
+        """Where ``read`` and ``write`` of whole segments are. The kernels keep no more than they have to."""
+        recompute = self.virtual_width.recompute_block is not None
+        return recomputed if recompute and not ops.by_kernels(h_TNE, p) else ops

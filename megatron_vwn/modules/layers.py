@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.connection import Connection
+from megatron_vwn.modules.passage import PendingWrite, arrive
 
 
 def branch_only(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
@@ -32,7 +33,14 @@ def branch_only(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor |
 
 
 class _Connected:
-    """Mixin before a Megatron layer: read, the stock layer, write."""
+    """Mixin before a Megatron layer: read, the stock layer, write.
+
+    Attributes:
+        leaves_write: whether the caller hands what this layer returns, untouched, to a layer of this kind, which can do
+            the write together with its own read; set by the stack.
+    """
+
+    leaves_write = False
 
     def __init__(
         self,
@@ -45,15 +53,15 @@ class _Connected:
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
         self.connection = Connection(config, virtual_width, pg_collection)
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs):
-        """Hidden states are this rank's over-width state [s, b, N * E]; everything else is the stock layer's."""
-        x, coefficients = self.connection.read(hidden_states)
-        # The stream may be fp32 around a bf16 backbone (--fp32-residual-connection).
-        output = super().forward(x.to(self.config.params_dtype), *args, **kwargs)
+    def forward(self, hidden_states: Tensor | PendingWrite, *args, **kwargs):
+        """Hidden states are this rank's over-width state [s, b, N * E], or the write that leads to it; everything else
+        is the stock layer's."""
+        arrival = arrive(self.connection, hidden_states)
+        output = super().forward(arrival.x, *args, **kwargs)
         if isinstance(output, tuple):
             output, *rest = output
-            return self.connection.write(hidden_states, output, coefficients), *rest
-        return self.connection.write(hidden_states, output, coefficients)
+            return arrival.leave(output, wait=self.leaves_write), *rest
+        return arrival.leave(output, wait=self.leaves_write)
 
 
 class VirtualWidthTransformerLayer(_Connected, TransformerLayer):

@@ -24,6 +24,7 @@ from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.embedding import Expansion, OverWidthEmbedding
 from megatron_vwn.modules.group_norm import GroupNorm
 from megatron_vwn.modules.partitioned import PartitionedModule
+from megatron_vwn.modules.passage import join_boundaries
 from megatron_vwn.modules.reduction import Reduction
 
 
@@ -79,6 +80,7 @@ class VirtualWidthMTPLayer(MultiTokenPredictionLayer):
         **kwargs,
     ):
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
+        join_boundaries(self.mtp_model_layer)
         self.fusion = Fusion(config, virtual_width, pg_collection)
         self.reduction = Reduction(config, virtual_width, pg_collection)
         # Of its own, because the trunk's lives on the first pipeline stage and this layer on the last.

@@ -9,6 +9,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.passage import join_boundaries
 from megatron_vwn.modules.reduction import Reduction
 
 
@@ -74,6 +75,7 @@ class VirtualWidthStack(Stack):
         **kwargs,
     ):
         super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
+        join_boundaries(self)
         self.predicts_further_tokens = False
         if self.post_process:
             self.reduction = Reduction(config, virtual_width, pg_collection)

@@ -9,7 +9,16 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import get_args
 
-from megatron_vwn.config import Carry, Connection, Embedding, Gate, Partition, VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import (
+    Carry,
+    Connection,
+    Embedding,
+    Gate,
+    Kernels,
+    Partition,
+    VirtualWidthConfig,
+    VirtualWidthError,
+)
 
 _PRESETS = ("vwn", "hyper-connections", "frac-connections")
 _FIELDS = tuple(field.name for field in fields(VirtualWidthConfig))
@@ -76,6 +85,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "How tensor-parallel ranks share the stream: by token, by channel of every segment, or not at all; "
         "may change when a run resumes.",
         default="sequence with --sequence-parallel, else width",
+    )
+    _add_choice(
+        group,
+        "kernels",
+        Kernels,
+        "What reads and writes the stream: fused Triton kernels, torch, or the kernels wherever they can run.",
+    )
+    group.add_argument(
+        "--vwn-recompute-block",
+        type=int,
+        metavar="K",
+        help="Keep the over-width state of one in K sublayers for the backward pass, and rebuild the others from it "
+        "and the sublayers' outputs, exactly; the square root of a stage's sublayers needs least memory; may change "
+        "when a run resumes (default: keep them all).",
     )
     return parser
 

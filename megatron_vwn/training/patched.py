@@ -67,13 +67,13 @@ def hybrid_config_from_args(args: argparse.Namespace) -> HybridModelConfig:
     virtual_width = virtual_width_from_args(args)
     if virtual_width is None:
         return ordinary_config_from_args(args)
-    with _refusing(), run._quoting_megatron():
+    with _refusing(), run.quoting_megatron():
         return model_config_from_args(args, virtual_width)
 
 
 def pipeline(args: argparse.Namespace, model: HybridModelConfig) -> dict[str, object]:
     """Further arguments of ``pretrain()``: the communicator of over-width states, where stages exchange any."""
-    return {} if virtual_width_from_args(args) is None else run._pipeline(args, model)
+    return {} if virtual_width_from_args(args) is None else run.pipeline_arguments(args, model)
 
 
 def _typed_defaults(argv: list[str], defaults: Mapping[str, object]) -> Iterator[str]:
@@ -100,8 +100,8 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except VirtualWidthError as refusal:
-        if run._first_of_node():
+        if run.first_of_node():
             print(f"megatron_vwn: {refusal}", file=sys.stderr, flush=True)
         else:
-            time.sleep(run._SECONDS_TO_BE_ENDED)
+            time.sleep(run.SECONDS_TO_BE_ENDED)
         sys.exit(_REFUSED)

@@ -125,6 +125,12 @@ _ALWAYS = (
         _interleaved_without_overlap,
         "--no-overlap-p2p-communication computes wrong results on two pipeline ranks of several stages each: drop it.",
     ),
+    # An assertion of Megatron's in the first forward pass.
+    Refusal(
+        lambda args: _depths(args) and args.recompute_method == "uniform" and (args.recompute_num_layers or 1) > 1,
+        "--recompute-method uniform recomputes further predictions one layer at a time only: set "
+        "--recompute-num-layers 1.",
+    ),
     _flag("heterogeneous_layers_config_path", "does not apply to a HybridModel: drop it."),
     _flag("heterogeneous_layers_config_encoded_json", "does not apply to a HybridModel: drop it."),
     _flag("perform_rl_step", "is reinforcement learning, which this entry point does not do: drop it."),

@@ -13,12 +13,11 @@ from dataclasses import fields
 from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training.arguments import typed, virtual_width_from_args
 
-# The layout of a checkpoint does not depend on the partition, so a run may change it when it resumes. The end of a
-# document is the tokenizer's and compared apart.
-_FREE = ("partition", "document_end")
+# The end of a document is the tokenizer's and compared apart.
+_FREE = (*OF_THE_RUN, "document_end")
 # Arguments that say which tensors there are: one that differs drops tensors of the checkpoint, or lacks some.
 _STRUCTURE = ("qk_layernorm", "add_qkv_bias", "add_bias_linear", "normalization", "swiglu")
 # Arguments that change what tensors of the same shapes compute; some are changed on purpose, for longer contexts say.

@@ -26,6 +26,7 @@ from megatron_vwn.training import wheel_fixes
 from megatron_vwn.training.arguments import add_arguments, record_virtual_width, virtual_width_from_args
 from megatron_vwn.training.data import forward_step, train_valid_test_datasets_provider
 from megatron_vwn.training.data_checks import check_data, check_vocabulary, data_prefixes
+from megatron_vwn.training.kernel_choice import describe_kernels
 from megatron_vwn.training.machine_flags import complete_command_line, describe, needed_flags
 from megatron_vwn.training.model_config import VirtualWidthModelConfig, model_config_from_args
 from megatron_vwn.training.refusals import refuse_unsupported, refuse_yaml
@@ -33,7 +34,7 @@ from megatron_vwn.training.resume import refuse_other_model
 
 _REFUSED = 2
 # More than the first rank of a node may lag behind the others while they import Megatron from a slow file system.
-_SECONDS_TO_BE_ENDED = 120
+SECONDS_TO_BE_ENDED = 120
 
 
 def run(argv: Sequence[str], *, gpu: bool) -> int:
@@ -54,15 +55,15 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
             virtual_width = replace(virtual_width, document_end=get_tokenizer().eod)
             record_virtual_width(args, virtual_width)
             refuse_other_model(args, virtual_width)
-        if _first_of_node():
+        if first_of_node():
             for prefix in data_prefixes(args):
                 check_vocabulary(prefix, get_tokenizer())
         _train(args, virtual_width)
     except VirtualWidthError as refusal:
         # Before process groups exist all ranks of a node reach the same refusal; later it may concern one rank alone.
-        if not torch.distributed.is_initialized() and not _first_of_node():
+        if not torch.distributed.is_initialized() and not first_of_node():
             # torchrun ends all ranks as soon as one has ended, and that must not be before the refusal is printed.
-            time.sleep(_SECONDS_TO_BE_ENDED)
+            time.sleep(SECONDS_TO_BE_ENDED)
         else:
             print(f"megatron_vwn: {refusal}", file=sys.stderr, flush=True)
         return _REFUSED
@@ -105,14 +106,16 @@ def prepare(argv: Sequence[str], *, gpu: bool) -> tuple[argparse.Namespace, Virt
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
         start = refuse_other_model(args, virtual_width, complete=True)
-    with _quoting_megatron():
+    with quoting_megatron():
         refuse_unsupported(args, virtual_width)
-    if _first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
+    if virtual_width is not None:
+        kernels = describe_kernels(args, virtual_width, gpu=gpu)
+    if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
         check_data(args)
-    with _quoting_megatron():
+    with quoting_megatron():
         validate_args(args)
     if virtual_width is not None:
-        _say(describe_virtual_width(args, virtual_width))
+        _say(f"{describe_virtual_width(args, virtual_width)}; {kernels}")
     if start is not None:
         _say(start)
     return args, virtual_width
@@ -137,18 +140,18 @@ def describe_virtual_width(args: argparse.Namespace, virtual_width: VirtualWidth
 
 
 def _train(args: argparse.Namespace, virtual_width: VirtualWidthConfig | None) -> None:
-    with _quoting_megatron():
+    with quoting_megatron():
         model = model_config_from_args(args, virtual_width)
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
-        **_pipeline(args, model),
+        **pipeline_arguments(args, model),
     )
 
 
-def _pipeline(args: argparse.Namespace, model: VirtualWidthModelConfig) -> dict[str, object]:
+def pipeline_arguments(args: argparse.Namespace, model: VirtualWidthModelConfig) -> dict[str, object]:
     """What ``pretrain()`` needs to exchange over-width states between pipeline stages.
 
     The communicator wants process groups before ``pretrain()`` would make them. Megatron's own (private) function makes
@@ -167,7 +170,7 @@ def _pipeline(args: argparse.Namespace, model: VirtualWidthModelConfig) -> dict[
 
 
 @contextmanager
-def _quoting_megatron() -> Iterator[None]:
+def quoting_megatron() -> Iterator[None]:
     """Turn what Megatron's own validation raises, often a bare assertion, into one sentence that quotes it."""
     try:
         yield
@@ -181,7 +184,7 @@ def _quoting_megatron() -> Iterator[None]:
         ) from error
 
 
-def _first_of_node() -> bool:
+def first_of_node() -> bool:
     """Whether this is the process that speaks for its node; its end makes torchrun end the others."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 

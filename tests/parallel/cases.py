@@ -179,6 +179,56 @@ PARITY |= {
     )
 }
 
+# Blocks of a length that none of the stages and chunks is a multiple of, or that none is as long as.
+ALL_IN_CHUNKS = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3}
+SOME_IN_CHUNKS = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "moe"]}
+PARITY |= {
+    f"stream recompute, {name}": (layout, case)
+    for name, layout, case in (
+        ("TP2 replicated", TP2, Case(virtual_width=stream(partition="replicated", recompute_block=3))),
+        ("TP2 width", TP2, Case(virtual_width=stream(recompute_block=3))),
+        (
+            "doubly stochastic carry, TP2 width x PP2",
+            Layout(tp=2, pp=2),
+            Case(virtual_width=stream(carry="doubly-stochastic", recompute_block=3)),
+        ),
+        ("CP2 x TP2+SP", Layout(cp=2, tp=2, sequence_parallel=True), Case("----", stream(recompute_block=3))),
+        ("PP2", PP2, Case(virtual_width=stream(recompute_block=3))),
+        (
+            "TP2+SP x PP2 x VPP2",
+            Layout(tp=2, pp=2, vpp=2, sequence_parallel=True),
+            Case(virtual_width=stream(recompute_block=9)),
+        ),
+        (
+            "MTP, TP2+SP x PP2",
+            Layout(tp=2, pp=2, sequence_parallel=True),
+            Case(FURTHER.pattern, stream(recompute_block=2)),
+        ),
+        ("MTP, EP2", Layout(ep=2), Case(FURTHER.pattern, stream(recompute_block=3))),
+        (
+            "selective recompute, EP2 x TP2+SP",
+            Layout(ep=2, tp=2, sequence_parallel=True),
+            Case("*-*E", stream(recompute_block=3)).but(**SELECTIVE),
+        ),
+        ("full recompute, chunks of 3, PP2", PP2, Case(virtual_width=stream(recompute_block=2)).but(**ALL_IN_CHUNKS)),
+        ("full recompute of 1, PP2", PP2, Case(virtual_width=stream(recompute_block=2)).but(**SOME_IN_CHUNKS)),
+        (
+            "bf16 around an fp32 stream, PP2",
+            PP2,
+            Case(virtual_width=stream(recompute_block=2)).but(bf16=True, fp32_residual_connection=True),
+        ),
+    )
+}
+
+# With write and read at once, by a stand-in for the kernels.
+FUSED = [
+    "stream recompute, TP2+SP x PP2 x VPP2",
+    "stream recompute, MTP, EP2",
+    "full recompute, TP2 width",
+    "stream recompute, full recompute, chunks of 3, PP2",
+]
+
 # Megatron's static inference does without sequence parallelism.
 GENERATION: dict[str, tuple[Layout, Case]] = {
     "TP1": (ALONE, Case()),
@@ -325,6 +375,7 @@ BIRTH_MTP: dict[str, tuple[int, int, str]] = {
 
 CHECKS = [
     *(f"parity: {name}" for name in PARITY),
+    *(f"parity, fused: {name}" for name in FUSED),
     *(f"replicas: {name}" for name in TRAINING),
     *(f"resharding: {name}" for name in RESHARDING),
     *(f"birth: {name}" for name in BIRTH),

@@ -17,6 +17,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from ops.fused import fused_write_read  # noqa: E402
 from parallel import harness, resharding  # noqa: E402
 from parallel.cases import (  # noqa: E402
     ALONE,
@@ -36,6 +37,7 @@ from parallel.cases import (  # noqa: E402
 from parallel.generation import generation  # noqa: E402
 from parallel.harness import expect  # noqa: E402
 
+from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig  # noqa: E402
 from megatron_vwn.ops.ngrams import ngram_rows  # noqa: E402
 from megatron_vwn.training import wheel_fixes  # noqa: E402
 
@@ -97,9 +99,9 @@ def _without_layout(case: Case) -> Case:
     """The same function on one rank: nothing that says how it is computed."""
     how = ("recompute", "moe_token_dispatcher_type")
     overrides = tuple((key, value) for key, value in case.overrides if not key.startswith(how))
-    return dataclasses.replace(
-        case, virtual_width=dataclasses.replace(case.virtual_width, partition=None), overrides=overrides
-    )
+    defaults = {field.name: field.default for field in dataclasses.fields(VirtualWidthConfig)}
+    virtual_width = dataclasses.replace(case.virtual_width, **{name: defaults[name] for name in OF_THE_RUN})
+    return dataclasses.replace(case, virtual_width=virtual_width, overrides=overrides)
 
 
 def optimizer_of(session: harness.Session):
@@ -315,6 +317,9 @@ def check(name: str) -> str:
     match kind:
         case "parity":
             return parity(*PARITY[rest])
+        case "parity, fused":
+            with fused_write_read():
+                return parity(*PARITY[rest])
         case "replicas":
             return replicas(*TRAINING[rest])
         case "resharding":

@@ -33,6 +33,7 @@ def test_no_flag_is_the_ordinary_model():
         ("--vwn-reduce-norm", {"reduce_norm": True}),
         ("--no-vwn-reduce-norm", {"reduce_norm": False}),
         ("--vwn-partition replicated", {"partition": "replicated"}),
+        ("--vwn-recompute-block 10", {"recompute_block": 10}),
         ("--vwn-ngrams 2,3 --vwn-ngram-vocab 1000", {"ngrams": (2, 3), "ngram_vocab": 1000}),
     ],
 )
@@ -85,6 +86,8 @@ def test_help_states_every_default():
         ("--vwn-m 2 --vwn-n 4 --vwn-ngram-vocab 9", ["--vwn-ngrams", "belong together"]),
         ("--vwn-m 2 --vwn-n 4 --vwn-ngrams 1,2 --vwn-ngram-vocab 9", ["--vwn-ngrams is 1,2", "at least 2"]),
         ("--vwn-m 2 --vwn-n 4 --vwn-ngrams 2,2 --vwn-ngram-vocab 9", ["different lengths"]),
+        ("--vwn-m 2 --vwn-n 4 --vwn-recompute-block 0", ["--vwn-recompute-block is 0", "at least 1"]),
+        ("--vwn-recompute-block 4", ["--vwn-recompute-block says nothing", "add --vwn-m and --vwn-n"]),
         ("--vwn-m 2 --vwn-n 4 --vwn-width 3", ["unrecognized arguments: --vwn-width 3"]),
     ],
 )

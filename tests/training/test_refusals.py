@@ -53,6 +53,12 @@ REFUSED_WITH_VIRTUAL_WIDTH = {
     "--cpu-offloading-num-layers 2": ["--cpu-offloading-num-layers", "--recompute-granularity full"],
     "--moe-paged-stash": ["--moe-paged-stash"],
     "--hybrid-layer-pattern *-*-/*- --mtp-detach-heads": ["--mtp-detach-heads", "--vwn-embedding wide or tiled"],
+    "--vwn-kernels triton": ["--vwn-kernels triton", "there is no GPU", "auto or torch"],
+    "--vwn-kernels cuda": ["--vwn-kernels", "auto, triton, torch"],
+    "--hybrid-layer-pattern *-*-/*- --recompute-granularity full --recompute-method uniform --recompute-num-layers 2": [
+        "further predictions",
+        "--recompute-num-layers 1",
+    ],
     "--use-mup": ["--use-mup"],
     "--muon-nesterov": ["--muon-nesterov", "drop it"],
     "--cuda-graph-warmup-steps 1": ["--cuda-graph-warmup-steps", "drop it"],
@@ -185,7 +191,7 @@ def prepared(checkpoint, tmp_path_factory):
     argv["experts with biases"].remove("--disable-bias-linear")
     for name, source, flags in (
         ("resume", "wide", WIDE),
-        ("other partition", "wide", [*WIDE, "--vwn-partition", "replicated"]),
+        ("other partition", "wide", [*WIDE, "--vwn-partition", "replicated", "--vwn-recompute-block", "2"]),
         ("other n", "wide", ["--vwn-m", "2", "--vwn-n", "8"]),
         ("other gate and norm", "wide", [*WIDE, "--vwn-gate", "sigmoid", "--no-vwn-reduce-norm"]),
         ("other norms", "wide", [*WIDE, "--qk-layernorm"]),
