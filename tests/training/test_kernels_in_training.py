@@ -12,7 +12,7 @@ FLAGS = f"""
     --hybrid-layer-pattern *-*- --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
     --seq-length 8 --max-position-embeddings 8 --position-embedding-type rope --normalization RMSNorm
     --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-    --vwn-m 2 --vwn-n 6 --micro-batch-size 1 --global-batch-size 1 --train-iters {STEPS} --lr 1e-2
+    --vwn-m 2 --vwn-n 6 --micro-batch-size 1 --global-batch-size 1 --train-iters {STEPS} --lr 3e-3 --adam-eps 1e-6
     --lr-decay-style cosine --eval-iters 0 --eval-interval 1000 --mock-data --tokenizer-type NullTokenizer
     --vocab-size 127 --log-interval 1 --tensorboard-log-interval 1
 """
@@ -36,8 +36,9 @@ def test_losses_of_fifty_steps(tmp_path):
     assert "; torch operations" in said
     said, by_kernels = train(tmp_path / "kernels", "--vwn-kernels", "triton")
     assert "; fused Triton kernels in Triton's interpreter" in said
-    assert len(by_torch) == len(by_kernels) == STEPS and by_torch[-1] < by_torch[0] - 0.1
-    # Both round differently, and training amplifies what differs: 1e-3 after 50 steps of a large learning rate.
+    assert len(by_torch) == len(by_kernels) == STEPS and by_torch[-1] < by_torch[0] - 0.3
+    # Seen: 2e-6. Both round differently, and training amplifies what differs; a larger learning rate or a smaller eps of
+    # Adam, which makes steps of what is rounding alone, would amplify it beyond any tolerance.
     differences = [abs(a - b) / b for a, b in zip(by_kernels, by_torch, strict=True)]
     assert max(differences) <= 1e-3, differences
     assert by_kernels != by_torch, "the kernels did not run"
