@@ -37,8 +37,8 @@ def test_losses_of_fifty_steps(tmp_path):
     said, by_kernels = train(tmp_path / "kernels", "--vwn-kernels", "triton")
     assert "; fused Triton kernels in Triton's interpreter" in said
     assert len(by_torch) == len(by_kernels) == STEPS and by_torch[-1] < by_torch[0] - 0.3
-    # Seen: 2e-6. Both round differently, and training amplifies what differs; a larger learning rate or a smaller eps of
-    # Adam, which makes steps of what is rounding alone, would amplify it beyond any tolerance.
+    # Seen: 2e-6. Both round differently, and training amplifies what differs; a larger learning rate, or a smaller eps
+    # of Adam, which makes steps of what is rounding alone, would amplify it beyond any tolerance.
     differences = [abs(a - b) / b for a, b in zip(by_kernels, by_torch, strict=True)]
     assert max(differences) <= 1e-3, differences
     assert by_kernels != by_torch, "the kernels did not run"
