@@ -40,8 +40,12 @@ class Connection(PartitionedModule):
             self.add_parameter("weight", self.segment_size, self.num_coefficients, channel_dim=0)
             self.add_parameter("norm", self.segment_size, value=1.0, channel_dim=0)
 
-    def parameters_by_shape(self) -> ops.ConnectionParameters:
-        """The parameters as ops/ takes them."""
+    def forward(self) -> ops.ConnectionParameters:
+        """The parameters as ops/ takes them.
+
+        Called as a module, because that is where Megatron's data parallelism waits for parameters that are still being
+        gathered (--overlap-param-gather); read directly, they would be those of the step before.
+        """
         vw, k = self.virtual_width, self.num_coefficients
         return ops.ConnectionParameters(
             m=vw.m,
@@ -67,7 +71,7 @@ class Connection(PartitionedModule):
             carry and write deviations, whose sums over ranks came with those of the read; else None.
         """
         h_TNE = self.segments(hidden_states)
-        p = self.parameters_by_shape()
+        p = self()
         shape = (*hidden_states.shape[:-1], self.config.hidden_size)
         if not self.partition.splits_width:
             return self._whole(h_TNE, p).read(h_TNE, p).view(shape), None
@@ -99,7 +103,7 @@ class Connection(PartitionedModule):
             The next state [T, N, E] of this rank, in the dtype of hidden_states.
         """
         h_TNE = self.segments(hidden_states)
-        p = self.parameters_by_shape()
+        p = self()
         if not self.partition.splits_width:
             return self._whole(h_TNE, p).write(h_TNE, y, p)
         return self._composed.mix_write(h_TNE, y, deviation_TNK, p)
@@ -108,7 +112,7 @@ class Connection(PartitionedModule):
         """Whether a kernel does the write of this connection together with the read of the next one."""
         if self.partition.splits_width:
             return False
-        return ops.by_kernels(self.segments(hidden_states), self.parameters_by_shape())
+        return ops.by_kernels(self.segments(hidden_states), self())
 
     def write_read(self, hidden_states: Tensor, y: Tensor, following: "Connection") -> tuple[Tensor, Tensor]:
         """This connection's write and the following one's read at once; only where ``fuses_write_read``.
@@ -122,7 +126,7 @@ class Connection(PartitionedModule):
             The next state [T, N, E] and the next sublayer's input [T, D].
         """
         h_TNE = self.segments(hidden_states)
-        return ops.write_read(h_TNE, y, self.parameters_by_shape(), following.parameters_by_shape())
+        return ops.write_read(h_TNE, y, self(), following())
 
     def _whole(self, h_TNE: Tensor, p: ops.ConnectionParameters) -> ModuleType:
         """Where ``read`` and ``write`` of whole segments are. The kernels keep no more than they have to."""

@@ -9,6 +9,7 @@ megatron_vwn.cpu.install()
 
 import dataclasses  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import sys  # noqa: E402
 import weakref  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
@@ -66,6 +67,26 @@ def bitwise(pattern: str, switches: dict, overrides: dict, runs: list) -> dict[s
             "boundaries": boundaries,
         }
     return report
+
+
+def waits_for_parameters(fused: bool) -> bool:
+    """Whether every parameter is used behind a call of the module that has it, where Megatron's data parallelism waits
+    for its values: until then they are no numbers here."""
+    session = harness.build(ALONE, Case("*E*-/*E", stream()))
+    harness.perturb(session)
+    for model in session.models:
+        for module in model.modules():
+            values = {p: p.detach().clone() for p in module.parameters(recurse=False)}
+            for parameter in values:
+                parameter.data.fill_(float("nan"))
+
+            def arrive_late(module, arguments, values=values):
+                for parameter, value in values.items():
+                    parameter.data.copy_(value)
+
+            module.register_forward_pre_hook(arrive_late)
+    with fused_write_read() if fused else nullcontext():
+        return math.isfinite(harness.forward_backward(session))
 
 
 # -------------------------------------------------------------------------------------------- the stream by itself
@@ -236,6 +257,7 @@ def main(results: Path) -> None:
         "modified output": modified_output(),
         "leaving": {name: leaving(**recompute) for name, recompute in RECOMPUTE.items()},
         "micro-batches in turn": micro_batches_in_turn(),
+        "waits for parameters": [waits_for_parameters(fused) for fused in (False, True)],
         "bitwise": {name: bitwise(*arguments) for name, arguments in BITWISE.items()},
     }
     results.write_text(json.dumps(report))

@@ -130,3 +130,8 @@ def test_chunks_end_with_tensors(report):
         "block, 2": [False, False, True, True, False],
         "block, 2, fp8": [False] * 5,
     }
+
+
+def test_every_parameter_is_waited_for(report):
+    """Before its first use, in the ordinary order of the layers and with fused boundaries."""
+    assert report["waits for parameters"] == [True, True]
