@@ -167,7 +167,11 @@ def _evaluate(task, model) -> dict[str, Tensor]:
     return found
 
 
-def _disagreement(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, what: str) -> str | None:
+def _disagreement(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, what: str, *, same_model: bool
+) -> str | None:
+    if same_model and (missing := sorted(expected.keys() ^ actual.keys())):
+        return f"{what}: {missing[0]} and {len(missing) - 1} more have a gradient on one side alone"
     errors = {}
     for name in expected.keys() & actual.keys():
         errors[name] = ((actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)).item()
@@ -189,13 +193,17 @@ def check(task, candidate: Candidate, baseline: Candidate) -> str | None:
     if description.args.mtp_num_layers:
         # A wide model predicts further tokens by another, shared fusion: only the next token's loss is the same.
         expected = {"output": expected["output"]}
-    if off := _disagreement(_evaluate(task, fresh), expected, dtype, "fresh, against the ordinary model"):
+    if off := _disagreement(
+        _evaluate(task, fresh), expected, dtype, "fresh, against the ordinary model", same_model=False
+    ):
         return off
     del fresh
     models.perturb(candidate.model)
     with models.by_reference(candidate.model):
         expected = _evaluate(task, candidate.model)
-    return _disagreement(_evaluate(task, candidate.model), expected, dtype, "perturbed, against the reference")
+    return _disagreement(
+        _evaluate(task, candidate.model), expected, dtype, "perturbed, against the reference", same_model=True
+    )
 
 
 def run(

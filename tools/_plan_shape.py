@@ -182,7 +182,7 @@ def shape_of(recipe: Recipe) -> Shape:
         granularity=recipe.get("recompute-granularity") or "",
         method=recipe.get("recompute-method") or "",
         recompute_layers=recipe.number("recompute-num-layers", 1),
-        modules=tuple(recipe.get("recompute-modules") or ["core_attn"]),
+        modules=_modules(recipe.get("recompute-modules")),
         block=virtual_width and virtual_width.recompute_block,
         shards_optimizer=bool(recipe.get("use-distributed-optimizer")),
         overlaps_gradients=bool(recipe.get("overlap-grad-reduce")),
@@ -205,8 +205,17 @@ def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
     return recipe.with_values({"nodes": gpus // per_node, "gpus-per-node": per_node})
 
 
+def _modules(given: str | list[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ["core_attn"])
+
+
 def _bytes(dtype: str | None) -> int:
-    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}[dtype or "fp32"]
+    sizes = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+    if (dtype or "fp32") not in sizes:
+        raise VirtualWidthError(
+            f"{dtype!r} is no dtype of the precision-aware optimizer: give one of {', '.join(sizes)}."
+        )
+    return sizes[dtype or "fp32"]
 
 
 def _virtual_width(recipe: Recipe) -> VirtualWidthConfig | None:
@@ -239,6 +248,15 @@ def _refuse_unknown(recipe: Recipe, pattern: str) -> None:
     if recipe.get("moe-token-dispatcher-type", "alltoall") not in ("alltoall", "flex") and recipe.get("num-experts"):
         raise VirtualWidthError(
             "the planner's experts communicate all-to-all: set moe-token-dispatcher-type to alltoall."
+        )
+    # What torch operations keep of the stream is several times what the kernels keep.
+    width = _virtual_width(recipe)
+    if width is not None and (
+        width.carry == "doubly-stochastic" or width.n > 64 or recipe.get("vwn-kernels") == "torch"
+    ):
+        raise VirtualWidthError(
+            f"{recipe.name} runs on torch operations, and the planner has formulas for the fused kernels alone: choose "
+            "a full or identity carry, up to 64 segments and vwn-kernels auto."
         )
     if not recipe.get("bf16"):
         raise VirtualWidthError(f"{recipe.name} does not train in bf16, which all formulas suppose: set bf16.")

@@ -71,7 +71,7 @@ class Recipe:
     @property
     def baseline(self) -> bool:
         """Whether the model has no virtual width."""
-        return not self.sections["virtual_width"]
+        return all(value in (None, False) for value in self.sections["virtual_width"].values())
 
     @property
     def world_size(self) -> int:
@@ -113,7 +113,7 @@ class Recipe:
             if name == "model":
                 flags = {"hybrid-layer-pattern": hybrid_pattern(self)} | flags
             for key, value in flags.items():
-                words += typed(key, value.format(name=self.name) if isinstance(value, str) else value)
+                words += typed(key, value.replace("{name}", self.name) if isinstance(value, str) else value)
         return words
 
 

@@ -269,7 +269,9 @@ def _shape(options: argparse.Namespace, device: torch.device) -> tuple[list[str]
 
     sections = read_recipe(options.recipe).sections
     model = dict(sections["model"])
-    blocks = model.pop("layers")
+    blocks = model.pop("layers", None)
+    if not blocks or model.pop("hybrid-layer-pattern", None):
+        raise VirtualWidthError(f"{options.recipe} does not list its layers: give layers to benchmark one of them.")
     pattern[1] = blocks[-1][1] * (1 if options.mode == "layer" else 2)
     # One rank's layers: no further predictions, no padding of the vocabulary for ranks.
     model = {key: value for key, value in model.items() if not key.startswith(("mtp", "padded"))}

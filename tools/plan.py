@@ -36,7 +36,7 @@ _ANY_LAYOUT = {
 
 def main(argv: list[str] | None = None) -> int:
     """Plan one recipe; returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     try:
         _run(options)
     except VirtualWidthError as refusal:

@@ -67,9 +67,11 @@ def node_command(recipe: Recipe, arguments: list[str], endpoint: str | None, nam
         raise VirtualWidthError(
             f"{recipe.name} runs on {nodes} nodes, which have to meet: add --rdzv-endpoint HOST:PORT with one of them."
         )
+    for key in ("max-restarts", "max-agent-restarts"):
+        times = recipe.get(key, 0)
+        if type(times) is not int or times < 0:
+            raise VirtualWidthError(f"{key} is {times!r}: give a whole number of at least 0.")
     restarts = recipe.get("max-restarts", 0)
-    if type(restarts) is not int or restarts < 0:
-        raise VirtualWidthError(f"max-restarts is {restarts!r}: give a whole number of at least 0.")
     agent = ["-m", "torch.distributed.run"]
     if in_job_restart(recipe):
         agent = ["-m", "nvidia_resiliency_ext.fault_tolerance.launcher", *HANGING]

@@ -105,6 +105,7 @@ _ALONE = {
     "moe_per_layer_logging": False,
     "vwn_partition": None,
     "vwn_recompute_block": None,
+    "vwn_kernels": "torch",
 }
 _ALONE_WITHOUT_TRANSFORMER_ENGINE = {
     "transformer_impl": "local",

@@ -3,6 +3,9 @@
 Both keep to ``ops.reference``; the tests of the kernels compare all of them.
 """
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -16,18 +19,26 @@ def by_kernels(h_TNE: Tensor, p: ConnectionParameters) -> bool:
     """Whether the fused kernels compute for this state: on a GPU, or anywhere if asked for (Triton's interpreter)."""
     if p.kernels == "torch" or not (h_TNE.is_cuda or p.kernels == "triton"):
         return False
-    return h_TNE.dtype in _DTYPES and why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is None
+    # Rows that pad a tile have no norm without an eps.
+    return h_TNE.dtype in _DTYPES and p.eps > 0 and why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is None
 
 
 def why_not_kernels(n: int, *, doubly_stochastic: bool) -> str | None:
     """Why the kernels cannot compute such a connection, as the end of a sentence; None if they can."""
     from megatron_vwn.ops.kernels.tiling import MAX_SEGMENTS
 
+    if not _have_triton():
+        return "Triton is not installed"
     if doubly_stochastic:
         return "they have no doubly stochastic carry"
     if n > MAX_SEGMENTS:
         return f"they hold the carry of one token in registers, which n = {n} is too large for ({MAX_SEGMENTS} at most)"
     return None
+
+
+@cache
+def _have_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> Tensor:
@@ -59,7 +70,7 @@ def group_norm(
         [T, N, E]: by the kernel in the dtype of h, else in the accumulation dtype.
     """
     wanted = (h_TNE.is_cuda and kernels == "auto") or kernels == "triton"
-    if wanted and bias_NE is None and h_TNE.dtype in _DTYPES:
+    if wanted and _have_triton() and bias_NE is None and h_TNE.dtype in _DTYPES:
         from megatron_vwn.ops.kernels.group_norm import MAX_GROUP
         from megatron_vwn.ops.kernels.group_norm import group_norm as fused
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from importlib.util import find_spec
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops import why_not_kernels
@@ -38,8 +37,6 @@ def _why_not(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and virtual_width.kernels == "triton"
     if not gpu and not interpreted:
         return "there is no GPU"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
     if partition == "width":
         return "the width partition sums over ranks between their steps"
     return why_not_kernels(virtual_width.n, doubly_stochastic=virtual_width.carry == "doubly-stochastic")

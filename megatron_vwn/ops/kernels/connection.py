@@ -5,6 +5,7 @@ import math
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vwn.ops.kernels.folding import Columns, Folded, ProgramSums, fold, unfold
 from megatron_vwn.ops.kernels.launch import launch, programs, tiles
@@ -72,6 +73,7 @@ class _Read(torch.autograd.Function):
         return x_TME.flatten(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dx_TD: Tensor):
         h_TNE, *columns = ctx.saved_tensors
         return None, *read_gradients(ctx.shape, h_TNE, dx_TD, Columns(*columns))
@@ -106,6 +108,7 @@ class _Write(torch.autograd.Function):
         return out_TNE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout_TNE: Tensor):
         h_TNE, y_TD, *columns = ctx.saved_tensors
         shape, columns = ctx.shape, Columns(*columns)
@@ -138,6 +141,7 @@ class _WriteRead(torch.autograd.Function):
         return out_TNE, x_TME.flatten(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout_TNE: Tensor, dx_TD: Tensor):
         h_TNE, y_TD, *columns = ctx.saved_tensors
         shape = ctx.shape

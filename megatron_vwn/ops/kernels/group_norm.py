@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vwn.ops.kernels.launch import programs
 
@@ -25,12 +26,14 @@ class _GroupNorm(torch.autograd.Function):
         out_TNE = torch.empty_like(h_TNE)
         constants, warps = _constants(h_TNE, m)
         if h_TNE.shape[0]:
-            group_norm_forward[(h_TNE.shape[0] * constants["GROUPS"],)](
-                h_TNE, weight_NE.float().contiguous(), out_TNE, eps, **constants, num_warps=warps
-            )
+            with torch.cuda.device_of(h_TNE):
+                group_norm_forward[(h_TNE.shape[0] * constants["GROUPS"],)](
+                    h_TNE, weight_NE.float().contiguous(), out_TNE, eps, **constants, num_warps=warps
+                )
         return out_TNE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout_TNE: Tensor):
         h_TNE, weight_NE = ctx.saved_tensors
         constants, warps = _constants(h_TNE, ctx.m)
@@ -38,10 +41,11 @@ class _GroupNorm(torch.autograd.Function):
         dh_TNE = torch.empty_like(h_TNE)
         dweight_PNE = h_TNE.new_zeros(grid, *weight_NE.shape, dtype=torch.float32)
         if tokens:
-            group_norm_backward[(grid, constants["GROUPS"])](
-                h_TNE, weight_NE.float().contiguous(), dout_TNE.contiguous(), dh_TNE, dweight_PNE, tokens, ctx.eps,
-                **constants, num_warps=warps,
-            )  # fmt: skip
+            with torch.cuda.device_of(h_TNE):
+                group_norm_backward[(grid, constants["GROUPS"])](
+                    h_TNE, weight_NE.float().contiguous(), dout_TNE.contiguous(), dh_TNE, dweight_PNE, tokens, ctx.eps,
+                    **constants, num_warps=warps,
+                )  # fmt: skip
         return dh_TNE, dweight_PNE.sum(0).to(weight_NE.dtype), None, None
 
 

@@ -20,7 +20,8 @@ if INTERPRETED:
 def launch(kernel: triton.JITFunction, grid: int, geometry: Geometry, *arguments) -> None:
     """Run a kernel on a one-dimensional grid; a grid of no programs is no launch."""
     if grid:
-        kernel[(grid,)](*arguments, G=geometry, num_warps=geometry.warps, num_stages=geometry.stages)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(grid,)](*arguments, G=geometry, num_warps=geometry.warps, num_stages=geometry.stages)
 
 
 def tiles(h_TNE: Tensor, geometry: Geometry) -> int:
