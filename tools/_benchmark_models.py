@@ -130,7 +130,7 @@ def by_reference(model: HybridModel) -> Iterator[None]:
     def forward(layer: TransformerLayer, hidden_states: Tensor, *args, **kwargs):
         nonlocal calls
         calls += 1
-        p = layer.connection.parameters_by_shape()
+        p = layer.connection()
         h_TNE = hidden_states.reshape(-1, p.n, hidden_states.shape[-1] // p.n)
         x = reference.read(h_TNE, p).view(*hidden_states.shape[:-1], -1)
         output = stock[type(layer)].forward(layer, x.to(layer.config.params_dtype), *args, **kwargs)
