@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All tests, in the .venv that the quickstart uses too: bash tests/run.sh [pytest arguments]
-# About ten minutes on two CPU cores after the installation; tests that need a GPU say so and are skipped without one.
+# About half an hour on two CPU cores after the installation; tests that need a GPU say so and are skipped without one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/venv.sh
