@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vwn_tools._conversion import exit_code
+from megatron_vwn_tools._program import exit_code
 
 from megatron_vwn.config import VirtualWidthError
 

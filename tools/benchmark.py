@@ -20,6 +20,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torc
 from megatron_vwn_tools import _benchmark_machine as machine  # noqa: E402
 from megatron_vwn_tools import _benchmark_report as report  # noqa: E402
 from megatron_vwn_tools import _benchmark_table  # noqa: E402
+from megatron_vwn_tools._program import exit_code  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
@@ -28,7 +29,6 @@ from megatron_vwn.ops.costs import OPS, Width  # noqa: E402
 PROGRAM = "vwn-benchmark"
 PAIRS = ((2, 3), (1, 4), (4, 16), (1, 8), (4, 32), (8, 64))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_REFUSED, _INTERRUPTED = 2, 130
 _TOKENS = {"cuda": 8192, "cpu": 256}
 # Layers to compare where the user names no shape; any of Megatron's flags replaces its namesake.
 _SHAPE = {
@@ -56,17 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("--compile-only"):
         argv.insert(0, "kernels")
-    try:
-        options, rest = _parser().parse_known_args(argv)
-        if rest and options.mode not in ("layer", "model"):
-            raise VirtualWidthError(f"unknown argument {rest[0]}: see --help.")
-        return _MODES[options.mode](options, rest, argv)
-    except VirtualWidthError as refusal:
-        print(f"{PROGRAM}: {refusal}", file=sys.stderr)
-        return _REFUSED
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing was written.", file=sys.stderr)
-        return _INTERRUPTED
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
+    options, rest = _parser().parse_known_args(argv)
+    if rest and options.mode not in ("layer", "model"):
+        raise VirtualWidthError(f"unknown argument {rest[0]}: see --help.")
+    return _MODES[options.mode](options, rest, argv)
 
 
 def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:

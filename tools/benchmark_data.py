@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from megatron_vwn_tools import _benchmark_report as reports
 from megatron_vwn_tools._benchmark_machine import device_name
+from megatron_vwn_tools._program import exit_code
 
-from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.training.indexed_data import check_indexed_dataset
 
 PROGRAM = "benchmark_data"
@@ -50,16 +50,9 @@ class Contender:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 1 when the loaders disagree, 2 for a refusal."""
     arguments = _parser().parse_args(argv)
-    try:
-        # Megatron and torch complain about GPU libraries that reading does not need.
-        with warnings.catch_warnings(action="ignore"):
-            return _run(arguments, sys.argv[1:] if argv is None else argv)
-    except VirtualWidthError as refusal:
-        print(f"{PROGRAM}: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing was written.", file=sys.stderr)
-        return 130
+    # Megatron and torch complain about GPU libraries that reading does not need.
+    with warnings.catch_warnings(action="ignore"):
+        return exit_code(PROGRAM, lambda: _run(arguments, sys.argv[1:] if argv is None else argv))
 
 
 def _parser() -> argparse.ArgumentParser:

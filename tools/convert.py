@@ -16,7 +16,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-from megatron_vwn_tools._conversion import exit_code, progress_bar  # noqa: E402
+from megatron_vwn_tools._program import exit_code, progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint.convert import from_hf, to_hf  # noqa: E402
 from megatron_vwn.checkpoint.flags import command_line  # noqa: E402

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from megatron_vwn_tools._plan_hardware import HARDWARE, rate_names, rates
 from megatron_vwn_tools._plan_shape import shape_of, with_gpus
+from megatron_vwn_tools._program import exit_code
 from megatron_vwn_tools._recipe import Recipe, load_recipe, read_recipe
 from megatron_vwn_tools._recipe_layout import check_layout
 
 from megatron_vwn.config import VirtualWidthError
 
-_REFUSED, _INTERRUPTED = 2, 130
 # Keys of the layout that a number of GPUs may make impossible, and that divide any number.
 _ANY_LAYOUT = {
     "tensor-model-parallel-size": 1,
@@ -37,15 +37,7 @@ _ANY_LAYOUT = {
 def main(argv: list[str] | None = None) -> int:
     """Plan one recipe; returns the exit code."""
     options = _parser().parse_intermixed_args(argv)
-    try:
-        _run(options)
-    except VirtualWidthError as refusal:
-        print(f"vwn-plan: {refusal}", file=sys.stderr)
-        return _REFUSED
-    except KeyboardInterrupt:
-        print("vwn-plan: interrupted.", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+    return exit_code("vwn-plan", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:

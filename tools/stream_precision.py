@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from megatron_vwn_tools._program import exit_code
 from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthError
@@ -189,12 +190,7 @@ def measure(source: RandomSublayers | TrainedModel, seed: int = 0) -> dict[str, 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 0, or 2 for a refusal."""
-    try:
-        _run(_parser().parse_args(argv))
-    except VirtualWidthError as refusal:
-        print(f"stream_precision: {refusal}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("stream_precision", lambda: _run(_parser().parse_args(argv)))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ import torch
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-from megatron_vwn_tools._conversion import exit_code, progress_bar  # noqa: E402
+from megatron_vwn_tools._program import exit_code, progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint.arguments import megatron_arguments  # noqa: E402
 from megatron_vwn.checkpoint.convert import write_megatron  # noqa: E402

@@ -1,4 +1,4 @@
-"""What vwn-convert and vwn-widen share: how they show progress and how they end."""
+"""What the command-line programs share: how they show progress and how they end."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -15,14 +15,13 @@ def progress_bar(keys: Iterable[str], description: str) -> Iterable[str]:
     return tqdm(keys, desc=description, unit="tensor", disable=None)
 
 
-def exit_code(program: str, run: Callable[[], None]) -> int:
-    """Run a program; 0, or the code of a refusal or an interruption, which is said in one line."""
+def exit_code(program: str, run: Callable[[], int | None]) -> int:
+    """Run a program; its own code or 0, or that of a refusal or an interruption, which is said in one line."""
     try:
-        run()
+        return run() or 0
     except VirtualWidthError as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
         return _REFUSED
     except KeyboardInterrupt:
         print(f"{program}: interrupted; nothing was written.", file=sys.stderr)
         return _INTERRUPTED
-    return 0
