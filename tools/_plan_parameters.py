@@ -6,30 +6,21 @@ are shown have all been built. Importing this module imports Megatron.
 """
 
 import math
-import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
 
-if not torch.cuda.is_available():
-    # Ranks are built on the meta device, but Megatron asks for a GPU while it is imported; what emulates it would
-    # announce itself on rank 0.
-    _rank = os.environ.get("RANK")
-    os.environ["RANK"] = "1"
-    from megatron_vwn import cpu
+from megatron_vwn import cpu
 
-    cpu.install()
-    if _rank is None:
-        del os.environ["RANK"]
-    else:
-        os.environ["RANK"] = _rank
+# Ranks are built on the meta device, but Megatron asks for a GPU while it is imported.
+cpu.install(announce=False)
 
-from megatron_vwn_tools._plan_shape import Shape, with_gpus
-from megatron_vwn_tools._recipe import Recipe
-from megatron_vwn_tools._recipe_layout import hybrid_pattern
+from megatron_vwn_tools._plan_shape import Shape, with_gpus  # noqa: E402
+from megatron_vwn_tools._recipe import Recipe  # noqa: E402
+from megatron_vwn_tools._recipe_layout import hybrid_pattern  # noqa: E402
 
-from megatron_vwn.training.simulated_world import Count, SimulatedRank, simulated_world
+from megatron_vwn.training.simulated_world import Count, SimulatedRank, simulated_world  # noqa: E402
 
 NO_RECOMPUTE = {
     "recompute-granularity": None,
@@ -82,17 +73,9 @@ def exact(recipe: Recipe) -> list[Parameters]:
 def exact_and_count(recipe: Recipe) -> tuple[list[Parameters], Count]:
     """As ``exact``, and the numbers of the whole model, which come from the same ranks."""
     with simulated_world(_arguments(recipe), recipe.world_size) as world:
-        held: dict[int, Parameters] = {}
-        build = world.build
-
-        def remember(rank: int) -> SimulatedRank:
-            built = build(rank)
-            held[rank] = of_rank(built)
-            return built
-
-        world.build = remember  # building takes most of the time, and counting builds every rank that is wanted
-        whole = world.count()
-        return [held[rank] for rank in world.stage_ranks()], whole
+        held: list[Parameters] = []
+        whole = world.count(lambda built: held.append(of_rank(built)))
+        return held, whole
 
 
 def pieces(recipe: Recipe) -> dict[str, Parameters]:

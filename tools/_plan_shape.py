@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_vwn_tools._recipe import Recipe
-from megatron_vwn_tools._recipe_layout import check_layout, hybrid_pattern
+from megatron_vwn_tools._recipe_layout import check_layout, hybrid_pattern, virtual_width_of
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops.costs import Width
@@ -219,18 +219,10 @@ def _bytes(dtype: str | None) -> int:
 
 
 def _virtual_width(recipe: Recipe) -> VirtualWidthConfig | None:
-    section = recipe.sections["virtual_width"]
-    if not section:
-        return None
-    if not {"vwn-m", "vwn-n"} <= set(section):
+    width = virtual_width_of(recipe)
+    if width is None and not recipe.baseline:
         raise VirtualWidthError(f"{recipe.name} has a virtual width without vwn-m and vwn-n: give both to plan it.")
-    known = ("m", "n", "connection", "gate", "carry", "embedding", "partition", "recompute-block")
-    given = {name.replace("-", "_"): section[f"vwn-{name}"] for name in known if section.get(f"vwn-{name}") is not None}
-    if section.get("no-vwn-reduce-norm"):
-        given["reduce_norm"] = False
-    elif section.get("vwn-reduce-norm"):
-        given["reduce_norm"] = True
-    return VirtualWidthConfig(**given)
+    return width
 
 
 def _refuse_unknown(recipe: Recipe, pattern: str) -> None:
@@ -251,9 +243,7 @@ def _refuse_unknown(recipe: Recipe, pattern: str) -> None:
         )
     # What torch operations keep of the stream is several times what the kernels keep.
     width = _virtual_width(recipe)
-    if width is not None and (
-        width.carry == "doubly-stochastic" or width.n > 64 or recipe.get("vwn-kernels") == "torch"
-    ):
+    if width is not None and (width.carry == "doubly-stochastic" or width.n > 64 or width.kernels == "torch"):
         raise VirtualWidthError(
             f"{recipe.name} runs on torch operations, and the planner has formulas for the fused kernels alone: choose "
             "a full or identity carry, up to 64 segments and vwn-kernels auto."

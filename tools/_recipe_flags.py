@@ -102,10 +102,9 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 _CHECK = """
-import argparse, json, os, sys
-os.environ["RANK"] = "1"  # the emulation of a GPU announces itself on rank 0
+import argparse, json, sys
 from megatron_vwn import cpu
-cpu.install()
+cpu.install(announce=False)
 from megatron.training.arguments import add_megatron_arguments
 from megatron_vwn.training.arguments import add_arguments
 parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

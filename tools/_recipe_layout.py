@@ -5,6 +5,7 @@ Megatron finds most of this out too, one assertion at a time, on every rank and 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
@@ -158,27 +159,36 @@ def _check_groups(recipe: Recipe, tensor: int) -> None:
         )
 
 
-def _check_virtual_width(recipe: Recipe, tensor: int) -> None:
-    """What the width's own configuration refuses."""
+def virtual_width_of(recipe: Recipe) -> VirtualWidthConfig | None:
+    """What the section ``virtual_width`` describes; None without m and n: the ordinary model, a preset, or a mistake
+    that the training program explains.
+
+    Raises:
+        VirtualWidthError: values that no model can have.
+    """
     given = {}
     for key, value in recipe.sections["virtual_width"].items():
         if value is not None and value is not False:
             field = key.replace("vwn-", "").removeprefix("no-").replace("-", "_")
             given[field] = False if key.startswith("no-") else value
     if not {"m", "n"} <= set(given):
-        return  # a preset, or a mistake, that the training program explains
-    known = {key: value for key, value in given.items() if key in _CHECKED}
+        return None
+    known = {field.name: given[field.name] for field in fields(VirtualWidthConfig) if field.name in given}
     if isinstance(known.get("ngrams"), str):
         known["ngrams"] = tuple(int(length) for length in known["ngrams"].split(",") if length.isdecimal())
-    width = VirtualWidthConfig(**known)
+    return VirtualWidthConfig(**known)
+
+
+def _check_virtual_width(recipe: Recipe, tensor: int) -> None:
+    """What the width's own configuration refuses."""
+    width = virtual_width_of(recipe)
+    if width is None:
+        return
     hidden = recipe.number("hidden-size")
     width.check_model(hidden_size=hidden, tied_embeddings=not recipe.get("untie-embeddings-and-output-weights"))
     width.check_parallel(
         hidden_size=hidden, tensor_parallel_size=tensor, sequence_parallel=bool(recipe.get("sequence-parallel"))
     )
-
-
-_CHECKED = ("m", "n", "connection", "gate", "carry", "embedding", "reduce_norm", "partition", "ngrams", "ngram_vocab")
 
 
 def _stages(recipe: Recipe) -> int:

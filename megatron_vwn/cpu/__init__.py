@@ -30,11 +30,14 @@ from megatron_vwn.cpu import checkpoint_writer, gloo, rng, runtime, tensors
 _active = False
 
 
-def install() -> bool:
+def install(*, announce: bool = True) -> bool:
     """Make the CPU stand in for the GPU in this process, once; call it before the first ``import megatron``.
 
     Where a GPU is available nothing is changed, and there is no way to force it: hide the GPU with an empty
     ``CUDA_VISIBLE_DEVICES`` to try the emulation there. Rank 0 prints one line to stderr when the emulation starts.
+
+    Args:
+        announce: print that line; a program that trains nothing need not.
 
     Returns:
         True if the emulation is active, False where a GPU is available.
@@ -61,7 +64,7 @@ def install() -> bool:
     tensors.install()
     checkpoint_writer.install()  # imports Megatron, so it comes last
     _active = True
-    if os.environ.get("RANK", "0") == "0":
+    if announce and os.environ.get("RANK", "0") == "0":
         print(
             "megatron_vwn.cpu: no GPU here, so Megatron runs on an emulated one (CPU, gloo).",
             file=sys.stderr,

@@ -94,13 +94,7 @@ def prepare(argv: Sequence[str], *, gpu: bool) -> tuple[argparse.Namespace, Virt
     argv, added = complete_command_line(argv, needed_flags(gpu=gpu, transformer_engine=HAVE_TE))
     if added:
         _say(describe(added))
-    # Megatron parses the process's command line; it stays set because restarts and loggers read it again.
-    sys.argv[1:] = argv
-    refuse_yaml(argv)
-    args = parse_args(add_arguments)
-    virtual_width = virtual_width_from_args(args)
-    if virtual_width is not None:
-        record_virtual_width(args, virtual_width)
+    args, virtual_width = parse_flags(argv)
     start = refuse_other_model(args, virtual_width)
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
@@ -118,6 +112,22 @@ def prepare(argv: Sequence[str], *, gpu: bool) -> tuple[argparse.Namespace, Virt
         _say(f"{describe_virtual_width(args, virtual_width)}; {kernels}")
     if start is not None:
         _say(start)
+    return args, virtual_width
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, VirtualWidthConfig | None]:
+    """Parse a complete command line; nothing of Megatron's is validated.
+
+    Raises:
+        VirtualWidthError: unknown flags, or a virtual width that no model can have.
+    """
+    # Megatron parses the process's command line; it stays set because restarts and loggers read it again.
+    sys.argv[1:] = argv
+    refuse_yaml(argv)
+    args = parse_args(add_arguments)
+    virtual_width = virtual_width_from_args(args)
+    if virtual_width is not None:
+        record_virtual_width(args, virtual_width)
     return args, virtual_width
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 
@@ -26,17 +26,17 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training import wheel_fixes
-from megatron_vwn.training.arguments import add_arguments, record_virtual_width, virtual_width_from_args
 from megatron_vwn.training.machine_flags import complete_command_line, needed_flags
 from megatron_vwn.training.model_config import VirtualWidthModelBuilder, VirtualWidthModelConfig, model_config_from_args
-from megatron_vwn.training.refusals import refuse_unsupported, refuse_yaml
+from megatron_vwn.training.refusals import refuse_unsupported
+from megatron_vwn.training.run import parse_flags, quoting_megatron
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,18 @@ class SimulatedWorld:
         several = max(self.args.tensor_model_parallel_size, experts)
         return [first + each for first in self.stage_ranks() for each in range(several)]
 
-    def count(self) -> Count:
+    def count(self, look: Callable[[SimulatedRank], object] = lambda built: None) -> Count:
         """The parameters of the whole model, exactly, from one rank of every pipeline stage.
 
         One rank suffices because every shard states the shape of the whole tensor.
+
+        Args:
+            look: shown each of these ranks, in the order of stages; building them takes most of the time.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for rank in self.stage_ranks():
             built = self.build(rank)
+            look(built)
             trained = sum(parameter.numel() for _, parameter in built.parameters())
             shards = [shard for shard in built.shards() if not _is_buffer(shard.key)]
             if trained != sum(math.prod(shard.shape) for shard in shards):
@@ -246,20 +250,10 @@ def simulated_world(argv: Sequence[str], world_size: int) -> Iterator[SimulatedW
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, VirtualWidthConfig | None]:
     wheel_fixes.apply()
     argv, _ = complete_command_line(argv, needed_flags(gpu=False, transformer_engine=False))
-    sys.argv[1:] = argv
-    refuse_yaml(argv)
-    args = parse_args(add_arguments)
-    virtual_width = virtual_width_from_args(args)
-    if virtual_width is not None:
-        record_virtual_width(args, virtual_width)
-    try:
+    args, virtual_width = parse_flags(argv)
+    with quoting_megatron(), _quietly():
         refuse_unsupported(args, virtual_width)
-        with _quietly():
-            validate_args(args)
-    except VirtualWidthError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise VirtualWidthError(f"Megatron refuses these flags: {' '.join(str(error).split())}.") from error
+        validate_args(args)
     if args.padded_vocab_size is None and args.vocab_size is None:
         raise VirtualWidthError("the size of the vocabulary is not known without a tokenizer: add --padded-vocab-size.")
     return args, virtual_width
