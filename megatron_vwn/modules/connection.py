@@ -1,7 +1,5 @@
 """Generalized Hyper-Connection: what replaces the residual connection of one sublayer."""
 
-from types import ModuleType
-
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -57,6 +55,7 @@ class Connection(PartitionedModule):
             weight_EK=self.weight if vw.dynamic else None,
             norm_E=self.norm if vw.dynamic else None,
             doubly_stochastic=vw.carry == "doubly-stochastic",
+            recompute=vw.recompute_block is not None,
             kernels=vw.kernels,
         )
 
@@ -74,7 +73,7 @@ class Connection(PartitionedModule):
         p = self()
         shape = (*hidden_states.shape[:-1], self.config.hidden_size)
         if not self.partition.splits_width:
-            return self._whole(h_TNE, p).read(h_TNE, p).view(shape), None
+            return ops.read(h_TNE, p).view(shape), None
         everything = slice(0, self.num_coefficients)
         sums_TNK = self.partition.sum_over_channels(self._composed.project(h_TNE, p, everything)) if p.dynamic else None
         deviation_TNK = self.partition.complete_gradient(
@@ -105,7 +104,7 @@ class Connection(PartitionedModule):
         h_TNE = self.segments(hidden_states)
         p = self()
         if not self.partition.splits_width:
-            return self._whole(h_TNE, p).write(h_TNE, y, p)
+            return ops.write(h_TNE, y, p)
         return self._composed.mix_write(h_TNE, y, deviation_TNK, p)
 
     def fuses_write_read(self, hidden_states: Tensor) -> bool:
@@ -127,8 +126,3 @@ class Connection(PartitionedModule):
         """
         h_TNE = self.segments(hidden_states)
         return ops.write_read(h_TNE, y, self(), following())
-
-    def _whole(self, h_TNE: Tensor, p: ops.ConnectionParameters) -> ModuleType:
-        """Where ``read`` and ``write`` of whole segments are. The kernels keep no more than they have to."""
-        recompute = self.virtual_width.recompute_block is not None
-        return recomputed if recompute and not ops.by_kernels(h_TNE, p) else ops

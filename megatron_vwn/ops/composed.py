@@ -103,6 +103,14 @@ def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
     return mix_write(h_TNE, y_TD.unflatten(-1, (p.m, -1)), deviation_TNK, p)
 
 
+def write_read(
+    h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters, p_next: ConnectionParameters
+) -> tuple[Tensor, Tensor]:
+    """The write of one connection and the read of the next."""
+    next_TNE = write(h_TNE, y_TD, p)
+    return next_TNE, read(next_TNE, p_next)
+
+
 def tile(x_TME: Tensor, n: int) -> Tensor:
     """Copy m segments to n: segment j of the result is segment j mod m of x, [T, N, E]."""
     m = x_TME.shape[-2]

@@ -5,11 +5,12 @@ Both keep to ``ops.reference``; the tests of the kernels compare all of them.
 
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from megatron_vwn.ops import composed
+from megatron_vwn.ops import composed, recomputed
 from megatron_vwn.ops.parameters import ConnectionParameters
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,10 +56,7 @@ def write_read(
     h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters, p_next: ConnectionParameters
 ) -> tuple[Tensor, Tensor]:
     """The write of one connection and the read of the next: H' [T, N, E] and X [T, D] in the dtype of h."""
-    if by_kernels(h_TNE, p):
-        return _implementation(h_TNE, p).write_read(h_TNE, y_TD, p, p_next)
-    next_TNE = composed.write(h_TNE, y_TD, p)
-    return next_TNE, composed.read(next_TNE, p_next)
+    return _implementation(h_TNE, p).write_read(h_TNE, y_TD, p, p_next)
 
 
 def group_norm(
@@ -79,9 +77,9 @@ def group_norm(
     return composed.group_norm(h_TNE, weight_NE, bias_NE, m=m, eps=eps, segment_size=h_TNE.shape[-1])
 
 
-def _implementation(h_TNE: Tensor, p: ConnectionParameters):
+def _implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
     if not by_kernels(h_TNE, p):
-        return composed
+        return recomputed if p.recompute else composed
     # Imports Triton, which takes a second and is not everywhere.
     from megatron_vwn.ops.kernels import connection
 

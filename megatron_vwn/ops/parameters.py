@@ -33,6 +33,7 @@ class ConnectionParameters(NamedTuple):
         weight_EK: [W_a_read | W_a_carry | W_b]; None for a static connection.
         norm_E: RMSNorm weight itself, ones at birth; None for a static connection.
         doubly_stochastic: whether the carry is the Sinkhorn projection of what would else be added to the identity.
+        recompute: whether torch operations keep their arguments alone for the backward pass, as the kernels do.
         kernels: what computes: "triton", "torch", or "auto" for Triton wherever it can.
     """
 
@@ -45,6 +46,7 @@ class ConnectionParameters(NamedTuple):
     weight_EK: Tensor | None = None
     norm_E: Tensor | None = None
     doubly_stochastic: bool = False
+    recompute: bool = False
     kernels: Literal["auto", "triton", "torch"] = "auto"
 
     @property

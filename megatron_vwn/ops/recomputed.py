@@ -24,6 +24,7 @@ def _recomputed(function: Callable) -> Callable:
 
 read = _recomputed(composed.read)
 write = _recomputed(composed.write)
+write_read = _recomputed(composed.write_read)
 project = _recomputed(composed.project)
 deviations = _recomputed(composed.deviations)
 mix_read = _recomputed(composed.mix_read)

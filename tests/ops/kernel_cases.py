@@ -53,6 +53,7 @@ class Case(NamedTuple):
 
 CASES = [Case(m, n, *size) for m, n in PAIRS for size in _OF_EVERY_PAIR]
 CASES += [Case(*pair, *size) for size, pairs in _LARGER.items() for pair in pairs]
+TRAFFIC_PAIRS = [(1, 1), (1, 4), (2, 3), (1, 8), (4, 16), (4, 32), (8, 64)]
 # What needs more tokens than an interpreter can.
 GPU_CASES = CASES + [
     Case(m, n, dtype, tokens, segment, "tanh, full")

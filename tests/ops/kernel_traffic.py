@@ -11,7 +11,6 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from megatron_vwn.ops.kernels import connection as kernels
 
-TRAFFIC_PAIRS = [(1, 1), (1, 4), (2, 3), (1, 8), (4, 16), (4, 32), (8, 64)]
 _TOKENS, _SEGMENT = 5, 64
 
 

@@ -11,9 +11,9 @@ import traceback
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from ops.kernel_cases import CASES, TOLERANCE
+from ops.kernel_cases import CASES, TOLERANCE, TRAFFIC_PAIRS
 from ops.kernel_checks import check_group_norm, check_odd_inputs, check_parity, check_repeats
-from ops.kernel_traffic import TRAFFIC_PAIRS, check_traffic
+from ops.kernel_traffic import check_traffic
 
 
 def within(errors, tolerance):

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.kernel_cases import CASES, GPU_CASES, TOLERANCE
+from ops.kernel_cases import CASES, GPU_CASES, TOLERANCE, TRAFFIC_PAIRS
 
 TESTS = Path(__file__).parents[1]
-TRAFFIC = ["(1,1)", "(1,4)", "(2,3)", "(1,8)", "(4,16)", "(4,32)", "(8,64)"]
 NAMES = [
     *(f"parity {case.name}" for case in CASES),
     *(f"group norm {dtype}" for dtype in TOLERANCE),
-    *(f"traffic {pair}" for pair in TRAFFIC),
+    *(f"traffic ({m},{n})" for m, n in TRAFFIC_PAIRS),
     "odd inputs",
     "repeats",
 ]

@@ -76,21 +76,17 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx_TD: Tensor):
         h_TNE, *columns = ctx.saved_tensors
-        return None, *read_gradients(ctx.shape, h_TNE, dx_TD, Columns(*columns))
-
-
-def read_gradients(shape: _Shape, h_TNE: Tensor, dx_TD: Tensor, columns: Columns) -> tuple[Tensor | None, ...]:
-    """dH and the gradients of the columns."""
-    geometry = shape.geometry(read_backward, h_TNE)
-    p, dh_TNE = fold(columns, h_TNE.dtype), torch.empty_like(h_TNE)
-    grid = programs(h_TNE, tiles(h_TNE, geometry))
-    sums = ProgramSums(grid, geometry, h_TNE, carry=False, blocks=1)
-    launch(
-        read_backward, grid, geometry,
-        h_TNE, dx_TD.contiguous(), p.weight_KE, p.routing_NK, p.scale_NK,
-        dh_TNE, sums.weight_PKE, sums.routing_P, sums.scale_P, *shape.scalars(h_TNE),
-    )  # fmt: skip
-    return dh_TNE, *unfold(columns, *sums.total())
+        shape, columns = ctx.shape, Columns(*columns)
+        geometry = shape.geometry(read_backward, h_TNE)
+        p, dh_TNE = fold(columns, h_TNE.dtype), torch.empty_like(h_TNE)
+        grid = programs(h_TNE, tiles(h_TNE, geometry))
+        sums = ProgramSums(grid, geometry, h_TNE, carry=False, blocks=1)
+        launch(
+            read_backward, grid, geometry,
+            h_TNE, dx_TD.contiguous(), p.weight_KE, p.routing_NK, p.scale_NK,
+            dh_TNE, sums.weight_PKE, sums.routing_P, sums.scale_P, *shape.scalars(h_TNE),
+        )  # fmt: skip
+        return None, dh_TNE, *unfold(columns, *sums.total())
 
 
 class _Write(torch.autograd.Function):
