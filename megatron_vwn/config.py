@@ -13,11 +13,12 @@ Connection = Literal["dynamic", "static"]
 Gate = Literal["tanh", "sigmoid"]
 Carry = Literal["full", "identity", "doubly-stochastic"]
 Embedding = Literal["wide", "projected", "tiled"]
+Linear = Literal["scaled", "plain"]
 Partition = Literal["sequence", "width", "replicated"]
 Kernels = Literal["auto", "triton", "torch"]
 
 # Fields that say how a run computes, not what: no checkpoint has them, and a run may change them when it resumes.
-OF_THE_RUN = ("partition", "recompute_block", "kernels")
+OF_THE_RUN = ("partition", "recompute_block", "kernels", "log_interval")
 
 
 class VirtualWidthError(ValueError):
@@ -39,12 +40,16 @@ class VirtualWidthConfig:
             None picks the paper's choice: projected above r = 2, wide up to there.
         reduce_norm: group RMS norm with groups of D before the reduction; None turns it on exactly when n is a
             multiple of m and n > 2m.
+        linear: how W_expand and W_reduce are stored: "scaled": the deviation from tiling or averaging times the square
+            root of what it sums over, so that an optimizer that moves every entry by the learning rate does not bury
+            them; "plain": the deviation itself, as in the paper.
         partition: how tensor-parallel ranks split the stream; None picks "sequence" with sequence parallelism and
             "width" without.
         kernels: what reads and writes the stream: "triton" (fused kernels), "torch", or "auto" for the kernels wherever
             they can run.
         recompute_block: sublayers that share one stored state, from which the backward pass rebuilds theirs; None
             keeps whatever autograd keeps.
+        log_interval: steps between two that are monitored; None monitors nothing.
         ngrams: lengths of the n-grams of tokens whose hashed embeddings are added to the over-width embedding.
         ngram_vocab: rows of the table of each length; given exactly when ``ngrams`` is.
         document_end: the token id that ends a document, which no n-gram crosses; the training entry point takes it
@@ -61,15 +66,17 @@ class VirtualWidthConfig:
     carry: Carry = "full"
     embedding: Embedding | None = None
     reduce_norm: bool | None = None
+    linear: Linear = "scaled"
     partition: Partition | None = None
     recompute_block: int | None = None
+    log_interval: int | None = None
     kernels: Kernels = "auto"
     ngrams: tuple[int, ...] = ()
     ngram_vocab: int | None = None
     document_end: int | None = None
 
     def __post_init__(self) -> None:
-        for name, optional in (("m", False), ("n", False), ("recompute_block", True)):
+        for name, optional in (("m", False), ("n", False), ("recompute_block", True), ("log_interval", True)):
             value = getattr(self, name)
             if optional and value is None:
                 continue
@@ -86,6 +93,7 @@ class VirtualWidthConfig:
             ("gate", Gate, False),
             ("carry", Carry, False),
             ("embedding", Embedding, True),
+            ("linear", Linear, False),
             ("partition", Partition, True),
             ("kernels", Kernels, False),
         ):
@@ -125,6 +133,10 @@ class VirtualWidthConfig:
     def num_carry(self) -> int:
         """Columns of A that carry the stream: n, or 0 where the carry is the identity and has no parameters."""
         return 0 if self.carry == "identity" else self.n
+
+    def linear_divisor(self, fan_in: int) -> float:
+        """What the stored deviation of W_expand or W_reduce, which sums over so many channels, is divided by."""
+        return fan_in**0.5 if self.linear == "scaled" else 1.0
 
     def segment_size(self, hidden_size: int) -> int:
         """E = D/m in channels."""

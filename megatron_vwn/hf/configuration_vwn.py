@@ -11,6 +11,7 @@ CHOICES = {
     "vwn_gate": ("tanh", "sigmoid"),
     "vwn_carry": ("full", "identity", "doubly-stochastic"),
     "vwn_embedding": ("wide", "projected", "tiled"),
+    "vwn_linear": ("scaled", "plain"),
 }
 
 
@@ -37,6 +38,8 @@ class VWNConfig(PreTrainedConfig):
         vwn_connection: "dynamic" or "static"; vwn_gate: "tanh" or "sigmoid"; vwn_carry: "full", "identity" or
             "doubly-stochastic"; vwn_embedding: "wide", "projected" or "tiled"; vwn_reduce_norm: a group norm before the
             reduction. None means as in training: projected, and a norm where m divides n, above r = 2.
+        vwn_linear: "scaled": the stored expansion and reduction are divided by the square root of what they sum over;
+            "plain": they are not.
         vwn_ngrams: lengths of the n-grams whose hashed embeddings are added to the trunk's input, which have
             vwn_ngram_vocab rows each and do not cross the token vwn_document_end.
 
@@ -114,6 +117,7 @@ class VWNConfig(PreTrainedConfig):
     vwn_carry: str = "full"
     vwn_embedding: str | None = None
     vwn_reduce_norm: bool | None = None
+    vwn_linear: str = "scaled"
     vwn_ngrams: list[int] | None = None
     vwn_ngram_vocab: int | None = None
     vwn_document_end: int | None = None
@@ -145,6 +149,10 @@ class VWNConfig(PreTrainedConfig):
         self.vwn_ngrams = list(self.vwn_ngrams or ())
         self._check()
         super().__post_init__(**kwargs)
+
+    def linear_divisor(self, fan_in: int) -> float:
+        """What the stored deviation of W_expand or W_reduce, which sums over so many channels, is divided by."""
+        return fan_in**0.5 if self.vwn_linear == "scaled" else 1.0
 
     @property
     def over_width(self) -> int:

@@ -156,17 +156,18 @@ class VWNConnection(nn.Module):
 
 
 class VWNExpansion(nn.Module):
-    """H = W_expand X with W_expand = tiling + weight / sqrt(D)."""
+    """H = W_expand X with W_expand = tiling + weight / sqrt(D); undivided where vwn_linear is plain."""
 
     def __init__(self, config: VWNConfig):
         super().__init__()
         self.m, self.n = config.vwn_m, config.vwn_n
+        self.divisor = config.linear_divisor(config.hidden_size)
         self.weight = nn.Parameter(torch.zeros(self.n, config.hidden_size // self.m, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., N * E]."""
         copies = tile(x.unflatten(-1, (self.m, -1)), self.n).flatten(-2)
-        return copies + x.to(self.weight.dtype) @ self.weight.flatten(0, 1).T / math.sqrt(x.shape[-1])
+        return copies + x.to(self.weight.dtype) @ self.weight.flatten(0, 1).T / self.divisor
 
 
 class VWNNGramEmbedding(nn.Embedding):
@@ -215,11 +216,12 @@ class VWNGroupNorm(nn.Module):
 
 
 class VWNReduction(nn.Module):
-    """X = W_reduce GroupNorm(H) with W_reduce = averaging the copies of each segment + weight / sqrt(D')."""
+    """X = W_reduce GroupNorm(H), W_reduce = averaging the copies + weight / sqrt(D'); undivided where plain."""
 
     def __init__(self, config: VWNConfig):
         super().__init__()
         self.m, self.n = config.vwn_m, config.vwn_n
+        self.divisor = config.linear_divisor(config.over_width)
         self.weight = nn.Parameter(torch.zeros(config.hidden_size, self.n, config.hidden_size // self.m))
         self.norm = VWNGroupNorm(config) if config.vwn_reduce_norm else None
 
@@ -227,7 +229,7 @@ class VWNReduction(nn.Module):
         """[..., N * E] to [..., D] in the model's dtype."""
         h = hidden_states if self.norm is None else self.norm(hidden_states)
         mean = average_copies(h.unflatten(-1, (self.n, -1)), self.m).flatten(-2)
-        deviation = h.to(self.weight.dtype) @ self.weight.flatten(1).T / math.sqrt(h.shape[-1])
+        deviation = h.to(self.weight.dtype) @ self.weight.flatten(1).T / self.divisor
         return (mean + deviation).to(self.weight.dtype)
 
 

@@ -1,7 +1,6 @@
 """Over-width embedding: from token ids to the first over-width state."""
 
 import copy
-import math
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,14 +18,15 @@ from megatron_vwn.parallel.partition import StreamPartition
 class Expansion(PartitionedModule):
     """H = W_expand X with W_expand = tiling + weight [N, E, D] / sqrt(D), so that it starts as a copy.
 
-    Divided for the reason that Reduction gives. Three dimensions, because under the width partition a rank owns its
-    channels of every segment, which in a [D', D] matrix would be no contiguous block.
+    Divided for the reason that Reduction gives, unless --vwn-linear is plain. Three dimensions, because under the width
+    partition a rank owns its channels of every segment, which in a [D', D] matrix would be no contiguous block.
     """
 
     def __init__(
         self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
     ):
         super().__init__(config, virtual_width, pg_collection)
+        self.divisor = virtual_width.linear_divisor(config.hidden_size)
         self.add_parameter("weight", virtual_width.n, self.segment_size, config.hidden_size, channel_dim=1)
 
     def forward(self, x_sbD: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Expansion(PartitionedModule):
         copies = ops.tile(self.partition.scatter_channels(x_sbD.unflatten(-1, (vw.m, -1))), vw.n)
         # A rank's product sees only its own rows of W_expand, so the gradient of X has to be summed over ranks.
         x_sbD = self.partition.complete_gradient(x_sbD).to(self.weight.dtype)
-        return copies + (x_sbD @ self.weight.flatten(0, 1).T / math.sqrt(self.config.hidden_size)).view(copies.shape)
+        return copies + (x_sbD @ self.weight.flatten(0, 1).T / self.divisor).view(copies.shape)
 
 
 class OverWidthEmbedding(LanguageModelEmbedding):

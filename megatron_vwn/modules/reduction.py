@@ -1,7 +1,5 @@
 """Reduction: from the last over-width state to one vector of the backbone's width, before the final norm and head."""
 
-import math
-
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -17,7 +15,7 @@ class Reduction(PartitionedModule):
 
     The averaging has few entries, of size 1/r, and an Adam step moves every entry of the weight by about the learning
     rate, whatever its gradient: undivided, the first steps would bury the averaging under noise right before the head.
-    The paper divides the logits of A and B by sqrt(E) in the same way.
+    The paper divides the logits of A and B by sqrt(E) in the same way. --vwn-linear plain leaves the division out.
 
     Args:
         config: the backbone's config.
@@ -29,7 +27,7 @@ class Reduction(PartitionedModule):
         self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
     ):
         super().__init__(config, virtual_width, pg_collection)
-        self.over_width = virtual_width.over_width(config.hidden_size)
+        self.divisor = virtual_width.linear_divisor(virtual_width.over_width(config.hidden_size))
         self.add_parameter("weight", config.hidden_size, virtual_width.n, self.segment_size, channel_dim=2)
         if virtual_width.reduce_norm:
             self.norm = GroupNorm(config, virtual_width, pg_collection)
@@ -41,6 +39,6 @@ class Reduction(PartitionedModule):
         if vw.reduce_norm:
             h_TNE = self.norm(h_TNE)
         mean_TME = self.partition.gather_channels(ops.average_copies(h_TNE, vw.m))
-        projected_TD = h_TNE.flatten(1).to(self.weight.dtype) @ self.weight.flatten(1).T / math.sqrt(self.over_width)
+        projected_TD = h_TNE.flatten(1).to(self.weight.dtype) @ self.weight.flatten(1).T / self.divisor
         x_TD = mean_TME.flatten(1) + self.partition.sum_over_channels(projected_TD)
         return x_TD.to(self.config.params_dtype).view(*hidden_states.shape[:-1], self.config.hidden_size)

@@ -15,6 +15,7 @@ from megatron_vwn.config import (
     Embedding,
     Gate,
     Kernels,
+    Linear,
     Partition,
     VirtualWidthConfig,
     VirtualWidthError,
@@ -65,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Group RMS norm in groups of --hidden-size before the stream is reduced for the head "
         "(default: on if N > 2M and N is a multiple of M, else off).",
     )
+    _add_choice(
+        group,
+        "linear",
+        Linear,
+        "Whether the learned deviations of W_expand and W_reduce are divided by the square root of what they sum over, "
+        "or are the paper's plain matrices.",
+    )
     group.add_argument(
         "--vwn-ngrams",
         type=_whole_numbers,
@@ -99,6 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Keep the over-width state of one in K sublayers for the backward pass, and rebuild the others from it "
         "and the sublayers' outputs, exactly; the square root of a stage's sublayers needs least memory; may change "
         "when a run resumes (default: keep them all).",
+    )
+    group.add_argument(
+        "--vwn-log-interval",
+        type=int,
+        metavar="K",
+        help="Every K steps write how the connections route, how many segments carry the stream, how far back sublayers "
+        "read and what gradients arrive, to --tensorboard-dir or --wandb-project (default: never).",
     )
     return parser
 

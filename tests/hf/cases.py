@@ -17,6 +17,7 @@ MODELS: dict[str, dict] = {
         "hybrid_pattern": "*-*-",
         "vwn_m": 2,
         "vwn_n": 6,
+        "vwn_linear": "plain",
         "qk_layernorm": True,
         "add_qkv_bias": True,
         "num_mtp_layers": 2,

@@ -92,6 +92,7 @@ def build(c: VWNConfig, half: bool) -> harness.Session:
         carry=c.vwn_carry,
         embedding=c.vwn_embedding,
         reduce_norm=c.vwn_reduce_norm,
+        linear=c.vwn_linear,
         ngrams=tuple(c.vwn_ngrams),
         ngram_vocab=c.vwn_ngram_vocab,
         document_end=c.vwn_document_end,

@@ -42,7 +42,9 @@ def test_refused(sentence):
 def test_defaults_are_those_of_training(m, n):
     ours, training = VWNConfig(vwn_m=m, vwn_n=n), VirtualWidthConfig(m=m, n=n)
     assert (ours.vwn_embedding, ours.vwn_reduce_norm) == (training.embedding, training.reduce_norm)
-    assert (ours.vwn_connection, ours.vwn_gate, ours.vwn_carry) == (training.connection, training.gate, training.carry)
+    for name in ("connection", "gate", "carry", "linear"):
+        assert getattr(ours, f"vwn_{name}") == getattr(training, name)
+    assert ours.linear_divisor(9) == training.linear_divisor(9)
     assert ours.over_width == training.over_width(ours.hidden_size)
 
 

@@ -95,20 +95,22 @@ def test_a_fresh_connection_is_a_residual_connection():
     assert torch.equal(module.write(h, y, deviations), h + y.repeat(1, 3))
 
 
+@pytest.mark.parametrize("linear", ["scaled", "plain"])
 @pytest.mark.parametrize("m,n", PAIRS)
-def test_expansion_and_reduction(m, n):
+def test_expansion_and_reduction(m, n, linear):
     generator = torch.Generator().manual_seed(0)
-    config = config_of(m, n, vwn_embedding="projected", vwn_reduce_norm=n % m == 0)
+    config = config_of(m, n, vwn_embedding="projected", vwn_reduce_norm=n % m == 0, vwn_linear=linear)
+    power = 0.5 if linear == "scaled" else 0
     expansion, reduction = hf.VWNExpansion(config).double(), hf.VWNReduction(config).double()
     for parameter in (*expansion.parameters(), *reduction.parameters()):
         parameter.data += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     x = torch.randn(5, m * SEGMENT, generator=generator, dtype=torch.float64)
-    h = reference.expand(x, expansion.weight / x.shape[-1] ** 0.5, m, n)
+    h = reference.expand(x, expansion.weight / x.shape[-1] ** power, m, n)
     torch.testing.assert_close(expansion(x), h.flatten(1), rtol=1e-12, atol=1e-12)
     normed = h
     if config.vwn_reduce_norm:
         normed = reference.group_norm(h, reduction.norm.weight.view(n, SEGMENT), None, m, config.norm_eps)
-    reduced = reference.reduce(normed, reduction.weight / (n * SEGMENT) ** 0.5, m)
+    reduced = reference.reduce(normed, reduction.weight / (n * SEGMENT) ** power, m)
     torch.testing.assert_close(reduction(h.flatten(1)), reduced, rtol=1e-12, atol=1e-12)
 
 

@@ -32,6 +32,7 @@ def test_no_flag_is_the_ordinary_model():
         ("--vwn-embedding wide", {"embedding": "wide"}),
         ("--vwn-reduce-norm", {"reduce_norm": True}),
         ("--no-vwn-reduce-norm", {"reduce_norm": False}),
+        ("--vwn-linear plain", {"linear": "plain"}),
         ("--vwn-partition replicated", {"partition": "replicated"}),
         ("--vwn-recompute-block 10", {"recompute_block": 10}),
         ("--vwn-ngrams 2,3 --vwn-ngram-vocab 1000", {"ngrams": (2, 3), "ngram_vocab": 1000}),
@@ -55,7 +56,7 @@ def test_presets_name_special_cases(argv, m, n):
 
 def test_help_states_every_default():
     text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
-    for name in ("connection", "gate", "carry"):
+    for name in ("connection", "gate", "carry", "linear"):
         assert f"(default: {getattr(VirtualWidthConfig, name)})" in text
     for default in ("projected if N > 2M, else wide", "on if N > 2M and N is a multiple of M, else off"):
         assert f"(default: {default})" in text
