@@ -18,20 +18,24 @@ def expand_grid(grid: Mapping[str, Value], shared: Mapping[str, Value]) -> list[
         shared: flags that a combination is on top of, where vwn-m may be.
 
     Returns:
-        Names and flags. r-8, "projected" and False of vwn-reduce-norm make ``r8-projected-no-reduce-norm``.
+        Names and flags: r of 8, "projected" and False of vwn-reduce-norm make ``r8-projected-no-reduce-norm``.
 
     Raises:
-        VirtualWidthError: an r that no n gives.
+        VirtualWidthError: an r that no n gives, or a key without values.
     """
+    for key, values in grid.items():
+        if values == []:
+            raise VirtualWidthError(f"{key} has no values in the grid: give some, or leave it out.")
     choices = {key: values if isinstance(values, list) else [values] for key, values in grid.items()}
     expanded = []
     for values in itertools.product(*choices.values()):
         flags = dict(zip(choices, values, strict=True))
-        words = [_word(key, value) for key, value in flags.items() if len(choices[key]) > 1]
         if "r" in flags:
-            flags |= {"vwn-n": _segments(flags.pop("r"), flags.get("vwn-m", shared.get("vwn-m")))}
+            flags["vwn-n"] = _segments(flags["r"], flags.get("vwn-m", shared.get("vwn-m")))
+        words = [_word(key, flags[key]) for key in choices if len(choices[key]) > 1]
+        flags.pop("r", None)
         expanded.append(("-".join(words) or "grid", flags))
-    return [(name, {key: value for key, value in flags.items() if value is not None}) for name, flags in expanded]
+    return expanded
 
 
 def _segments(r: Value, m: Value) -> int:
@@ -46,6 +50,8 @@ def _segments(r: Value, m: Value) -> int:
 
 def _word(key: str, value: Value) -> str:
     short = key.removeprefix("vwn-")
+    if value is None:
+        return f"{short}-default"
     if isinstance(value, bool):
         return short if value else f"no-{short}"
     if isinstance(value, str) and key != "r":

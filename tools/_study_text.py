@@ -27,7 +27,7 @@ def document(
     first = comparison.results[0]
     blocks: list[Block] = [Heading(study.get("title") or "Comparison of runs", 1), Text(_opening(comparison, first))]
     blocks += [Heading("What came out"), Items(tuple(_findings(comparison, first)))]
-    blocks.append(_overview(comparison))
+    blocks += [_overview(comparison), _costs(comparison)]
     losing = _losing(comparison)
     blocks += [Heading("Where the baseline is not beaten"), Items(losing) if losing else Text("Nowhere in this study.")]
     for result in comparison.results:
@@ -95,9 +95,7 @@ def _overview(comparison: Comparison) -> Table:
     head = ["", "r", "seeds"]
     for result in results:
         head += [f"{result.metric.title} at equal {comparison.unit}", "minus baseline", "speed-up"]
-    head += ["ms per step", "FLOPs per token", "parameters"]
     rows = []
-    plain = comparison.variants[comparison.baseline]
     for name, variant in comparison.variants.items():
         row = [name, _NOTHING if variant.r is None else f"{variant.r:g}", str(len(variant.runs))]
         for result in results:
@@ -108,13 +106,22 @@ def _overview(comparison: Comparison) -> Table:
                 _signed(gap) if gap else _NOTHING,
                 f"{here.speedup.mean:.2f}" if here and here.speedup and name != comparison.baseline else _NOTHING,
             ]
-        row += [
+        rows.append(tuple(row))
+    return Table(tuple(head), tuple(rows))
+
+
+def _costs(comparison: Comparison) -> Table:
+    plain = comparison.variants[comparison.baseline]
+    rows = [
+        (
+            variant.name,
             _relative(variant.seconds_per_token, plain.seconds_per_token, _milliseconds(variant, comparison)),
             _relative(variant.flops_per_token, plain.flops_per_token, f"{(variant.flops_per_token or 0) / 1e6:,.4g}M"),
             _parameters(variant.first),
-        ]
-        rows.append(tuple(row))
-    return Table(tuple(head), tuple(rows))
+        )
+        for variant in comparison.variants.values()
+    ]
+    return Table(("", "ms per step", f"FLOPs per {comparison.unit.rstrip('s')}", "parameters"), tuple(rows))
 
 
 def _milliseconds(variant, comparison: Comparison) -> str:

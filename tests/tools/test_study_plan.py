@@ -29,9 +29,17 @@ def test_a_grid_is_every_combination_with_a_name_of_what_differs(tmp_path):
     assert sorted(words[8:]) == sorted(
         ["--vwn-m", "2", "--vwn-n", "16", "--vwn-embedding", "tiled", "--no-vwn-reduce-norm"]
     )
-    assert named["r1.5-projected-reduce-norm-None"].flags["vwn-n"] == 3
-    assert "vwn-reduce-norm" not in named["r1.5-projected-reduce-norm-None"].flags
+    assert named["r1.5-projected-reduce-norm-default"].flags["vwn-n"] == 3
+    assert "vwn-reduce-norm" not in named["r1.5-projected-reduce-norm-default"].flags
     assert named["base"].arguments() == words[:8]
+
+
+def test_null_in_a_grid_removes_a_shared_flag(tmp_path):
+    study = load_study(write(tmp_path, grid={"lr": [None, 3e-3], "vwn-m": 1, "vwn-n": 4}))
+    assert [(each.name, each.flags.get("lr")) for each in study.variants[1:]] == [
+        ("lr-default", None),
+        ("lr-0.003", 3e-3),
+    ]
 
 
 def test_megatron_flags_and_widths_by_m_and_n_make_a_grid_too(tmp_path):
@@ -72,6 +80,8 @@ def test_the_studies_of_the_checkout_are_what_they_say():
         ({"variants": {"base": None, "r4": {}}, "grid": {"r": [4, 8], "vwn-m": 2}}, "two variants called r4"),
         ({"grid": {"r": [1.3, 2], "vwn-m": 2}}, "gives 2.6 segments"),
         ({"grid": {"r": [2, 4]}}, "give numbers to both"),
+        ({"grid": {"r": ["two", 4], "vwn-m": 2}}, "give numbers to both"),
+        ({"grid": {"r": [], "vwn-m": 2}}, "r has no values"),
         ({"grid": {"n": [2, 4]}}, "write vwn-m and vwn-n, or r in a grid"),
         ({"flags": FLAGS | {"seed": 3}}, "has seed, which vwn-study gives to every run"),
         ({"flags": {"lr": 1.0}}, "train-iters of base"),

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from megatron_vwn_tools import _study_report
 from megatron_vwn_tools import study as program
-from megatron_vwn_tools._study_compare import compare
+from megatron_vwn_tools._study_compare import Variant, compare
 from megatron_vwn_tools._study_curves import Curve, estimate
-from megatron_vwn_tools._study_events import find_runs, split_seed
+from megatron_vwn_tools._study_events import LoggedRun, find_runs, split_seed
+from megatron_vwn_tools._study_families import families
 from megatron_vwn_tools._study_fit import fit_widths
 from study_events import STEPS, TOKENS, falling, megatron_arguments, write_run
 
@@ -116,6 +117,26 @@ def test_a_fit_of_points_beside_the_line():
     assert fit.r_squared == pytest.approx(12 / 13)
     assert fit.band(np.array([2.0])) is None and fit.seed_slopes.half is None
     assert fit_widths("", {"a": {1: 4.0}, "b": {1: 3.7}}, {"a": 1, "b": 2}) is None
+
+
+def test_a_line_is_made_of_variants_that_differ_in_the_width_alone():
+    def variant(name, r, **arguments):
+        return Variant(
+            name, {1: LoggedRun(name, name, 1, {}, {f"vwn_{key}": value for key, value in arguments.items()})}, r
+        )
+
+    projected = [variant(f"r{r}", r, embedding="projected", reduce_norm=r > 2) for r in (2, 4, 8)]
+    tiled = [variant(f"t{r}", r, embedding="tiled") for r in (2, 4)]
+    assert families([*tiled, *projected]) == [["t2", "t4"], ["r2", "r4", "r8"]]
+    bare = variant("r8-bare", 8, embedding="projected", reduce_norm=False)
+    assert families([*projected[1:], bare]) == [["r4", "r8"], ["r8-bare"]]
+    # The same settings twice, from another version of the code, say: names are all that is left.
+    again = [variant(f"r{r}-new", r, embedding="projected", reduce_norm=True) for r in (4, 8)]
+    assert families([*projected[1:], *again]) == [["r4", "r8"], ["r4-new", "r8-new"]]
+    assert families([again[0], variant("other-new", 4, embedding="projected", reduce_norm=True)]) == [
+        ["r4-new"],
+        ["other-new"],
+    ]
 
 
 def test_reading_off_curves():

@@ -126,6 +126,7 @@ import pathlib, sys, time
 words = sys.argv[1:]
 value = lambda flag: words[words.index(flag) + 1]
 if value("--lr") == "2.0":
+    print("Warnings of torch and Megatron come first.")
     print("megatron_vwn: this cannot be trained: lower it.")
     print("  exitcode  : 2 (pid: 7)")
     sys.exit(2)
