@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 from megatron_vwn_tools._plan_hardware import Rates
 from megatron_vwn_tools._plan_memory import message_bytes
-from megatron_vwn_tools._plan_parameters import Parameters
-from megatron_vwn_tools._plan_shape import Shape
+from megatron_vwn_tools._plan_shape import Parameters, Shape
 
 from megatron_vwn.ops.costs import floor_seconds
 

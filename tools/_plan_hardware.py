@@ -65,11 +65,17 @@ class Rates:
         return (self.nvlink_gbs if within_node else self.network_gbs) * 1e9 * self.link_share
 
 
-# NVIDIA's data sheets of the SXM modules, without sparsity; 400 Gb/s of network per GPU as in DGX nodes.
+# The SXM modules, products without sparsity; NVIDIA states NVLink as the sum of both directions, 900 and 1800 GB/s.
+# From public pages that quote these documents:
+#   h100: "NVIDIA H100 Tensor Core GPU" (data sheet: 80 GB, 3.35 TB/s, 1979 TFLOP/s of bf16 with sparsity)
+#   h200: "NVIDIA H200 Tensor Core GPU" (data sheet: 141 GB, 4.8 TB/s, else as h100)
+#   b200: "NVIDIA DGX B200" (data sheet, of 8 GPUs: 1440 GB, 64 TB/s, 72 PFLOP/s of fp8 with sparsity, 14.4 TB/s of
+#         NVLink); bf16 is half of fp8
+# network: one ConnectX-7 of 400 Gb/s per GPU ("NVIDIA DGX H100/H200 User Guide", "NVIDIA DGX B200 User Guide").
 HARDWARE = {
     "h100": Rates(memory_gb=80, matrix_tflops=989, memory_gbs=3350, nvlink_gbs=450),
     "h200": Rates(memory_gb=141, matrix_tflops=989, memory_gbs=4800, nvlink_gbs=450),
-    "b200": Rates(memory_gb=180, matrix_tflops=2250, memory_gbs=7700, nvlink_gbs=900),
+    "b200": Rates(memory_gb=180, matrix_tflops=2250, memory_gbs=8000, nvlink_gbs=900),
 }
 SHARES = ("matrix_share", "expert_share", "attention_share", "memory_share", "link_share", "data_overlap")
 

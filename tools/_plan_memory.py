@@ -10,8 +10,7 @@ from megatron_vwn_tools._plan_activations import (
     rebuilding_bytes,
     sublayer_bytes,
 )
-from megatron_vwn_tools._plan_parameters import Parameters
-from megatron_vwn_tools._plan_shape import Shape
+from megatron_vwn_tools._plan_shape import Parameters, Shape
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ are shown have all been built. Importing this module imports Megatron.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +16,7 @@ from megatron_vwn import cpu
 # Ranks are built on the meta device, but Megatron asks for a GPU while it is imported.
 cpu.install(announce=False)
 
-from megatron_vwn_tools._plan_shape import Shape, with_gpus  # noqa: E402
+from megatron_vwn_tools._plan_shape import Parameters, Shape, with_gpus  # noqa: E402
 from megatron_vwn_tools._recipe import Recipe  # noqa: E402
 from megatron_vwn_tools._recipe_layout import hybrid_pattern  # noqa: E402
 
@@ -28,29 +28,6 @@ NO_RECOMPUTE = {
     "recompute-num-layers": None,
     "recompute-modules": None,
 }
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters that a rank holds.
-
-    Attributes:
-        dense: those with a copy on every data-parallel rank.
-        experts: those of the routed experts that this rank has.
-        summed: of ``dense``, those whose gradients are summed over tensor-parallel ranks after the backward pass.
-    """
-
-    dense: int = 0
-    experts: int = 0
-    summed: int = 0
-
-    @property
-    def total(self) -> int:
-        """Of the rank."""
-        return self.dense + self.experts
-
-    def __add__(self, other: "Parameters") -> "Parameters":
-        return Parameters(self.dense + other.dense, self.experts + other.experts, self.summed + other.summed)
 
 
 def of_rank(built: SimulatedRank) -> Parameters:

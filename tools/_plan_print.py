@@ -39,13 +39,13 @@ def layout(shape: Shape) -> str:
     return " ".join(words)
 
 
-def plan_lines(plan: Plan, twin: Plan | None, without_block: Memory | None, rates: Rates) -> Iterator[str]:
+def plan_lines(plan: Plan, twin: Plan | None, other: tuple[str, Memory] | None, rates: Rates) -> Iterator[str]:
     """Memory, communication and time of one layout.
 
     Args:
         plan: the layout.
         twin: the same layout without a virtual width; None if the plan has none.
-        without_block: memory of the worst stage with the other choice of stream recompute.
+        other: the other choice of stream recompute, and memory of the worst stage with it.
         rates: what was assumed.
     """
     shape, worst = plan.shape, plan.worst
@@ -53,13 +53,14 @@ def plan_lines(plan: Plan, twin: Plan | None, without_block: Memory | None, rate
     yield f"  parameters per rank, by pipeline stage: {', '.join(f'{held.total:,}' for held in plan.held)} (built)"
     memory = plan.memory[worst]
     yield f"  memory of the fullest rank, pipeline stage {worst} of {shape.pipeline}, predicted, in GB:"
-    yield "    " + ", ".join(f"{field.name} {getattr(memory, field.name) / _GB:.2f}" for field in fields(memory))
+    kinds = {field.name: field.name for field in fields(memory)} | {"buffers": "p2p buffers"}
+    yield "    " + ", ".join(f"{said} {getattr(memory, name) / _GB:.2f}" for name, said in kinds.items())
     yield f"    total {memory.total / _GB:.2f} of {rates.memory_gb:g}"
-    if without_block is not None:
-        other = "without" if shape.block else "with"
+    if other is not None:
+        name, needed = other
         yield (
-            f"    {other} stream recompute: activations {without_block.activations / _GB:.2f}, stream "
-            f"{without_block.stream / _GB:.2f}, total {without_block.total / _GB:.2f}"
+            f"    {name}: activations {needed.activations / _GB:.2f}, stream {needed.stream / _GB:.2f}, total "
+            f"{needed.total / _GB:.2f}"
         )
     if not plan.fits(rates):
         yield f"  WARNING: {(memory.total / _GB - rates.memory_gb):.2f} GB more than the GPU has."

@@ -11,8 +11,8 @@ from itertools import product
 from megatron_vwn_tools._plan_costs import Step, step_time
 from megatron_vwn_tools._plan_hardware import Rates
 from megatron_vwn_tools._plan_memory import Memory, rank_memory
-from megatron_vwn_tools._plan_parameters import NO_RECOMPUTE, Parameters, exact, pieces, stage_parameters
-from megatron_vwn_tools._plan_shape import Shape, shape_of
+from megatron_vwn_tools._plan_parameters import NO_RECOMPUTE, exact, pieces, stage_parameters
+from megatron_vwn_tools._plan_shape import Parameters, Shape, shape_of
 from megatron_vwn_tools._recipe import Recipe
 from tqdm import tqdm
 

@@ -126,6 +126,29 @@ class Shape:
         return "".join(self.stages)
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters that a rank holds.
+
+    Attributes:
+        dense: those with a copy on every data-parallel rank.
+        experts: those of the routed experts that this rank has.
+        summed: of ``dense``, those whose gradients are summed over tensor-parallel ranks after the backward pass.
+    """
+
+    dense: int = 0
+    experts: int = 0
+    summed: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of the rank."""
+        return self.dense + self.experts
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(self.dense + other.dense, self.experts + other.experts, self.summed + other.summed)
+
+
 def shape_of(recipe: Recipe) -> Shape:
     """A recipe in numbers.
 
@@ -247,6 +270,10 @@ def _refuse_unknown(recipe: Recipe, pattern: str) -> None:
         raise VirtualWidthError(
             f"{recipe.name} runs on torch operations, and the planner has formulas for the fused kernels alone: choose "
             "a full or identity carry, up to 64 segments and vwn-kernels auto."
+        )
+    if recipe.get("optimizer", "adam") != "adam":
+        raise VirtualWidthError(
+            f"the planner's optimizer is adam, not {recipe.get('optimizer')}: set optimizer to adam."
         )
     if not recipe.get("bf16"):
         raise VirtualWidthError(f"{recipe.name} does not train in bf16, which all formulas suppose: set bf16.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
-from megatron_vwn_tools._recipe_flags import SECTIONS, Value, parse_overrides, typed
+from megatron_vwn_tools._recipe_flags import SECTIONS, Value, parse_overrides, read_yaml, typed
 from megatron_vwn_tools._recipe_layout import check_layout, hybrid_pattern
 from megatron_vwn_tools._recipe_shrink import shrink_recipe
 
@@ -145,7 +145,7 @@ def load_recipe(
         VirtualWidthError: a wrong name, value or layout; names of flags are not looked at (``check_flags``).
     """
     recipe = read_recipe(name, folder)
-    values = parse_overrides(overrides, flags)
+    values = parse_overrides(overrides, flags, OWN)
     if baseline:
         asked = [key for key in values if key.startswith("vwn-")]
         if asked:
@@ -172,8 +172,17 @@ def read_recipe(name: str, folder: Path = FOLDER) -> Recipe:
     elif not path.is_file():
         raise VirtualWidthError(f"there is no recipe {name}: give the path of a YAML file, or a recipe's name.")
     content = _read(path, ())
-    stated = content.pop("stated", {})
+    stated = {key: _stated(key, value, path) for key, value in content.pop("stated", {}).items()}
     return Recipe(path.stem, {section: content.get(section) or {} for section in SECTIONS}, stated)
+
+
+def _stated(key: str, value: Value, path: Path) -> float | str:
+    if key == "by":
+        return str(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise VirtualWidthError(f"{path} states {key} {value!r}: give a number of parameters.") from None
 
 
 def _unknown_recipe(name: str, folder: Path) -> str:
@@ -189,7 +198,7 @@ def _unknown_recipe(name: str, folder: Path) -> str:
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, dict]:
     """A file's content on top of its base's."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise VirtualWidthError(f"{path} cannot be read as YAML ({reason}): correct it.") from None

@@ -2,9 +2,11 @@
 
 import difflib
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import yaml
 
@@ -27,13 +29,40 @@ def typed(key: str, value: Value) -> list[str]:
     return [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
 
 
-def parse_overrides(words: Sequence[str], flags: Sequence[str] = ()) -> dict[str, Value]:
+class _AsWritten(yaml.SafeLoader):
+    """YAML in which true, false, null and whole numbers are what they say, and all else is the text that was written.
+
+    By YAML 1.1, as the library reads it, 010 would be 8, 1:30 90, on true, and 1e-3 a word but 1.0e-3 a number.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true$|false$|True$|False$"), list("tfTF"))
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("null$|~$|$"), ["n", "~", ""])
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("-?[1-9][0-9]*$|0$"), list("-0123456789"))
+
+
+def read_yaml(text: str) -> object:
+    """The content of a YAML document, numbers with a fraction or an exponent as text.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _AsWritten)  # a safe loader
+
+
+def parse_overrides(
+    words: Sequence[str], flags: Sequence[str] = (), launchers: Collection[str] = ()
+) -> dict[str, Value]:
     """Overrides as they are typed.
 
     Args:
-        words: ``key=value``; the value is read as YAML (true, false, null, numbers, [1, 2]), the key may be written
-            with underscores and with its section in front (layout.nodes=2).
-        flags: flags of the training program as on its command line: ``--key value``, ``--key=value``, ``--key``.
+        words: ``key=value``; true, false, null, whole numbers and lists such as [1, 2] are taken for that, all else is
+            passed on as it is; the key may be written with underscores and with its section in front (layout.nodes=2).
+        flags: flags of the training program as on its command line: ``--key value``, ``--key=value``, ``--key``; they
+            are passed on as they are.
+        launchers: keys that are no flags.
 
     Raises:
         VirtualWidthError: a word that is neither.
@@ -46,18 +75,20 @@ def parse_overrides(words: Sequence[str], flags: Sequence[str] = ()) -> dict[str
                 f"{word!r} is no override: write key=value, and flags of the training program after --."
             )
         values[_plain(key)] = _value(text, word)
-    key = None
+    key, given = None, []
     for word in flags:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
-            values[_plain(key)] = _value(text, word) if equals else True
+            if key in launchers:
+                raise VirtualWidthError(f"--{key} is no flag of the training program: write {key}=... before --.")
+            given = [text] if equals else []
+            values[key] = _number(text) if equals else True
+            key = None if equals else key
         elif key is None:
             raise VirtualWidthError(f"{word!r} stands after -- without a flag: write --key value.")
-        elif values[_plain(key)] is True:
-            values[_plain(key)] = _value(word, word)
         else:
-            before = values[_plain(key)]
-            values[_plain(key)] = [*(before if isinstance(before, list) else [before]), _value(word, word)]
+            given.append(word)
+            values[key] = _number(word) if len(given) == 1 else given.copy()
     return values
 
 
@@ -67,14 +98,23 @@ def _plain(key: str) -> str:
 
 
 def _value(text: str, word: str) -> Value:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if isinstance(value, dict):
-        raise VirtualWidthError(f"{word!r} has a value that is neither a number, a word nor a list: correct it.")
-    # What YAML takes for something else than a number (dates, say) is meant as typed.
-    return value if isinstance(value, Value) else text
+    if not text:
+        raise VirtualWidthError(f"{word!r} has no value: write {word}null to leave it out.")
+    if text.startswith("["):
+        try:
+            value = read_yaml(text)
+        except yaml.YAMLError:
+            value = None
+        if not isinstance(value, list):
+            raise VirtualWidthError(f"{word!r} has a list that does not end: write it as [1, 2].")
+        return value
+    words = {"true": True, "false": False, "null": None}
+    return words[text.lower()] if text.lower() in words else _number(text)
+
+
+def _number(text: str) -> int | str:
+    """A whole number in its usual form, so that it is written again as it was typed; anything else as it is."""
+    return int(text) if text.removeprefix("-").isdecimal() and str(int(text)) == text else text
 
 
 def check_flags(arguments: Sequence[str]) -> None:

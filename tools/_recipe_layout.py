@@ -9,6 +9,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.stage_rules import (
+    BLOCKS_OF_ONE,
+    logs_router_losses,
+    rank_without_experts,
+    recomputes_single_sublayers,
+    stages_of_ranks,
+)
 
 if TYPE_CHECKING:
     from megatron_vwn_tools._recipe import Recipe
@@ -41,21 +48,22 @@ def hybrid_pattern(recipe: Recipe) -> str:
 def check_stages(recipe: Recipe) -> None:
     """Refuse layers that do not divide into stages, and a pipeline rank without experts in a model that has some.
 
-    Megatron 0.19 sums the logged losses of routers over pipeline ranks in tensors that are shorter where a rank has no
-    experts, and dies in the first step.
+    Raises:
+        VirtualWidthError: the first fault.
     """
-    pattern, ranks = hybrid_pattern(recipe), recipe.number("pipeline-model-parallel-size", 1)
-    trunk, _, further = pattern.partition("/")
-    stages = trunk.split("|")
-    if "E" not in pattern or len(stages) < ranks:  # without marks Megatron cuts it
-        return
-    stages[-1] += further
-    for rank in range(ranks):
-        if not any("E" in stage for stage in stages[rank::ranks]):
-            raise VirtualWidthError(
-                f"pipeline rank {rank} of {ranks} has no experts ({'|'.join(stages[rank::ranks])}), and Megatron's "
-                "log of their losses would fail: use fewer stages, or more layers."
-            )
+    losses = recipe.get("moe-router-load-balancing-type", "aux_loss"), recipe.get("moe-aux-loss-coeff")
+    stages = _stages_of_ranks(recipe)
+    sentence = rank_without_experts(stages) if logs_router_losses(*losses, recipe.get("moe-z-loss-coeff")) else None
+    if sentence is not None:
+        raise VirtualWidthError(sentence)
+
+
+def _stages_of_ranks(recipe: Recipe) -> list[list[str]]:
+    ends = (
+        recipe.number(key) if recipe.get(key) is not None else None
+        for key in ("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers")
+    )
+    return stages_of_ranks(hybrid_pattern(recipe), recipe.number("pipeline-model-parallel-size", 1), *ends)
 
 
 def check_layout(recipe: Recipe) -> None:
@@ -120,9 +128,35 @@ def _divide(whole: int, parts: int, whole_said: str, parts_said: str) -> None:
         raise VirtualWidthError(f"{whole_said} cannot be divided by {parts_said}{product}: change one of them.")
 
 
+# What Megatron's flags about recompute take.
+_RECOMPUTE = {
+    "recompute-granularity": ("full", "selective"),
+    "recompute-method": ("uniform", "block"),
+    "recompute-modules": (
+        "core_attn",
+        "gdn_norm_out",
+        "layernorm",
+        "mla_up_proj",
+        "mlp",
+        "moe",
+        "moe_act",
+        "shared_experts",
+    ),
+}
+
+
 def _check_recompute(recipe: Recipe) -> None:
-    uniform = recipe.get("recompute-granularity") == "full" and recipe.get("recompute-method") == "uniform"
-    if uniform and "/" in hybrid_pattern(recipe) and recipe.number("recompute-num-layers", 1) > 1:
+    for key, choices in _RECOMPUTE.items():
+        given = recipe.get(key)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if value not in choices:
+                raise VirtualWidthError(f"{key} has {value!r}: choose from {', '.join(choices)}.")
+    granularity, method = recipe.get("recompute-granularity"), recipe.get("recompute-method")
+    layers = recipe.number("recompute-num-layers", 1)
+    single = recomputes_single_sublayers(granularity, method, layers, _stages_of_ranks(recipe))
+    if single and recipe.get("vwn-recompute-block"):
+        raise VirtualWidthError(BLOCKS_OF_ONE)
+    if (granularity, method) == ("full", "uniform") and "/" in hybrid_pattern(recipe) and layers > 1:
         raise VirtualWidthError(
             "Megatron recomputes a layer of multi-token prediction only with recompute-num-layers 1: make it 1."
         )

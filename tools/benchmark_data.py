@@ -109,6 +109,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
                 print(f"{PROGRAM}: round {number + 1} of {arguments.rounds}", file=sys.stderr)
     results = [_result(contender, arguments) for contender in contenders] if agree else []
     content = reports.report("data", device, argv, _settings(arguments), results, commit=None)
+    content |= {"program": PROGRAM}
     content["versions"]["nvidia-dali"] = _dali_version()
     if not agree:
         print(f"{PROGRAM}: the loaders' batches differ; nothing was timed.", file=sys.stderr)

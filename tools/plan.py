@@ -33,6 +33,9 @@ _ANY_LAYOUT = {
     "micro-batch-size": 1,
 }
 
+# Of the comparison with stream recompute.
+_BLOCK = 4
+
 
 def main(argv: list[str] | None = None) -> int:
     """Plan one recipe; returns the exit code."""
@@ -110,13 +113,19 @@ def _checked(recipe: Recipe) -> tuple[Recipe, None]:
 
 
 def _other_block(own):
-    """Memory of the worst stage with stream recompute where the plan has none, in blocks of four, or the reverse."""
+    """Memory of the worst stage with stream recompute in blocks of four where the plan has none, or the reverse, and
+    what that is called; full recompute would leave nothing to it, so it goes."""
     from megatron_vwn_tools._plan_memory import rank_memory
 
     shape = own.shape
-    if shape.width is None or shape.granularity == "full":
+    if shape.width is None:
         return None
-    return rank_memory(replace(shape, block=None if shape.block else 4), own.held[own.worst], own.worst)
+    name = "without stream recompute" if shape.block else f"with stream recompute in blocks of {_BLOCK}"
+    other = replace(shape, block=None if shape.block else _BLOCK)
+    if shape.granularity == "full" and not shape.block:
+        name += " in place of full recompute"
+        other = replace(other, granularity="")
+    return name, rank_memory(other, own.held[own.worst], own.worst)
 
 
 def _count_lines(whole, plain):

@@ -95,7 +95,7 @@ def describe(command: list[str]) -> str:
     """The command as one could type it: environment, agent, training program, one flag a line."""
     lines = [[f"{name}={value}" for name, value in ENVIRONMENT.items()] + ["python"]]
     for word in command[1:]:
-        if word.startswith("-"):
+        if word.startswith("-") and not word[1:2].isdecimal():  # no negative number
             lines.append([])
         lines[-1].append(word)
     return " \\\n    ".join(shlex.join(line) for line in lines)

@@ -113,6 +113,10 @@ def refusal(capsys, *words: str) -> str:
             "pipeline rank 0 of 4 has no",
         ),
         (["moe-0.4b-4b", "--shrink", "0"], "--shrink is 0"),
+        (["moe-0.4b-4b", "nodes=010"], "nodes of moe-0.4b-4b is '010'"),
+        (["moe-0.4b-4b", "--", "--nodes", "2"], "--nodes is no flag of the training program"),
+        (["moe-a3.3b", "vwn-recompute-block=4"], "finds no two sublayers in a row"),
+        (["moe-0.4b-4b", "recompute-modules=core_atn"], "recompute-modules has 'core_atn': choose from core_attn"),
         (["moe-0.4b-4b", "nodes=1", "in-job-restart=slurm"], "choose torchrun or nvidia-resiliency-ext"),
     ],
 )
@@ -135,6 +139,9 @@ def test_packages_that_are_not_there_are_missed_before_the_start(capsys, monkeyp
 def test_flags_and_data_are_looked_at_before_the_start(capsys, tmp_path):
     small = ["moe-0.4b-4b", "--shrink", "64", "--machine", "cpu"]
     assert "there is no flag or key hiden-size: did you mean hidden-size?" in refusal(capsys, *small, "hiden-size=64")
+    assert "needs Transformer Engine" in refusal(capsys, *small, "fp8-format=hybrid")
+    (tmp_path / "file").touch()
+    assert "/file is a file: give a folder" in refusal(capsys, *small, f"save={tmp_path}/file")
     missing = f"train-data-path={tmp_path}/none"
     assert str(tmp_path) in refusal(capsys, *small, missing, "tokenizer-type=NullTokenizer", "vocab-size=1023")
 

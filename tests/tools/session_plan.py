@@ -13,21 +13,29 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import megatron_vwn_tools._plan_parameters as parameters  # first, because it emulates a GPU where there is none
 import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.training import num_floating_point_operations
 from megatron_vwn_tools._benchmark_memory import footprint
 from megatron_vwn_tools._plan_activations import connection_bytes, edge_bytes, sublayer_bytes
-from megatron_vwn_tools._plan_costs import micro_batch_bytes, micro_batch_seconds
-from megatron_vwn_tools._plan_hardware import Rates
-from megatron_vwn_tools._plan_memory import kept_bytes
+from megatron_vwn_tools._plan_costs import edge_flops, micro_batch_bytes, micro_batch_seconds, rows, sublayer_flops
+from megatron_vwn_tools._plan_hardware import HARDWARE, Rates
+from megatron_vwn_tools._plan_memory import in_flight, kept_bytes, message_bytes
+from megatron_vwn_tools._plan_print import layout
 from megatron_vwn_tools._plan_search import search
 from megatron_vwn_tools._plan_shape import shape_of, with_gpus
 from megatron_vwn_tools._recipe import Recipe, load_recipe
+from megatron_vwn_tools._recipe_layout import check_layout
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training import simulated_world as simulation
 from megatron_vwn.training.model_config import VirtualWidthModelBuilder
 
@@ -77,22 +85,31 @@ def coordinates(recipe: Recipe) -> dict:
     predicted, whole = parameters.exact_and_count(recipe)
     parts = parameters.pieces(recipe)
     added_up = [parameters.stage_parameters(shape, parts, rank) for rank in range(shape.pipeline)]
-    different, shards, seen = [], set(), set()
+    different, summed, shards, seen = [], [], set(), set()
     with simulation.simulated_world(recipe.arguments(transformer_engine=False), recipe.world_size) as world:
         for rank in world.distinct_ranks():
             built = world.build(rank)
             shards |= set(built.shards())
             seen.add((built.tensor, built.pipeline, built.expert))
-            held = sum(parameter.numel() for _, parameter in built.parameters())
-            if held != predicted[built.pipeline].total:
-                different.append([rank, held, predicted[built.pipeline].total])
+            own = [parameter for _, parameter in built.parameters()]
+            # Those whose gradients Megatron sums over tensor-parallel ranks after the backward pass are marked.
+            held = [sum(each.numel() for each in own if which(each)) for which in (lambda _: True, _is_summed)]
+            expected = [predicted[built.pipeline].total, predicted[built.pipeline].summed]
+            summed.append(held[1])
+            if held != expected:
+                different.append([rank, held, expected])
     return {
         "coordinates": len(seen),
         "different": different,
+        "summed": min(summed),
         "total": whole.total,
         "shards": sum(math.prod(shard.shape) for shard in shards),
         "pieces differ": [[str(a), str(b)] for a, b in zip(predicted, added_up, strict=True) if a != b],
     }
+
+
+def _is_summed(parameter: torch.nn.Parameter) -> bool:
+    return getattr(parameter, "sequence_parallel", False)
 
 
 # Activations
@@ -213,11 +230,153 @@ def communicated(recipe: Recipe) -> dict:
     return {"measured": collectives.sent, "predicted": micro_batch_bytes(shape_of(recipe), 0)}
 
 
+# Against Megatron's own arithmetic and rules
+
+
+def flops() -> dict:
+    """Of a step of ordinary models, by Megatron and by the planner; Megatron counts neither routers nor fusions."""
+    found = {}
+    for name, recipe in {
+        "experts and a further prediction": small([[1, "*-"], [2, "*E"]], baseline=True),
+        "dense, ungated": small([[3, "*-"]], baseline=True, swiglu=False),
+    }.items():
+        shape = shape_of(recipe)
+        products = sum(
+            sum(sublayer_flops(shape, symbol).values())
+            - (2 * shape.tokens * shape.hidden * shape.experts if symbol == "E" else 0)
+            for row, _ in rows(shape, 0)
+            for symbol in row
+        )
+        with simulation.simulated_world(recipe.arguments(transformer_engine=False), 1) as world:
+            megatrons = num_floating_point_operations(world.args, world.args.global_batch_size)
+        found[name] = [megatrons, 3 * shape.micro_batches * (products + edge_flops(shape, 0)["head"])]
+    return found
+
+
+def flying() -> list:
+    """Micro-batches per virtual stage when a rank's first backward pass begins, by Megatron's schedules and by us."""
+    shape, found = shape_of(small([[1, "*-"]], baseline=True)), []
+    for ranks, virtual, micro_batches in ((2, 1, 8), (4, 1, 2), (2, 2, 8), (4, 2, 4), (4, 3, 16), (8, 2, 8)):
+        one = replace(shape, pipeline=ranks, virtual=virtual, batch=micro_batches * shape.micro_batch)
+        for rank in range(ranks):
+            group = mock.Mock(**{"size.return_value": ranks, "rank.return_value": rank})
+            pipe = mock.Mock(pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None)
+            total, _, warmup, _ = schedules.get_pp_rank_microbatches(
+                micro_batches, virtual, ranks, p2p_communicator=pipe
+            )
+            table = schedules.get_schedule_table(micro_batches, virtual, ranks)[: min(warmup + 1, total)]
+            stages = Counter(stage for _, stage in table)
+            found.append([f"{ranks} {virtual} {rank}", [stages[each] for each in range(virtual)], in_flight(one, rank)])
+    return found
+
+
+def messages() -> dict:
+    """Bytes of a state that a pipeline stage sends, as the communicator shapes it and as predicted."""
+    layers = {"layers": [[2, "*-"]], "pipeline_model_parallel_size": 2}
+    tp = layers | {"gpus": (4,), "tensor_model_parallel_size": 2}
+    found = {}
+    for name, recipe in {
+        "(2, 8)": small(gpus=(2,), **layers, **wide()),
+        "(2, 3), TP2": small(**tp, **wide(vwn_n=3)),
+        "width": small(**tp, sequence_parallel=False, **wide()),
+    }.items():
+        with simulation.simulated_world(recipe.arguments(transformer_engine=False), recipe.world_size) as world:
+            simulation._join(world.args, 0)
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            config = world.model_config.transformer
+            shapes = schedules.get_tensor_shapes(
+                seq_length=world.args.seq_length,
+                micro_batch_size=world.args.micro_batch_size,
+                decoder_seq_length=None,
+                config=config,
+                tp_group=groups.tp,
+                cp_group=groups.cp,
+            )
+            with mock.patch.object(P2PCommunicator, "_communicate") as sent:
+                WideP2PCommunicator(groups.pp, config, world.virtual_width)._communicate(tensor_shape=shapes[0])
+        elements = math.prod(sent.call_args.kwargs["tensor_shape"])
+        found[name] = [elements * config.pipeline_dtype.itemsize, message_bytes(shape_of(recipe))]
+    return found
+
+
+def verdicts() -> list:
+    """Why the recipe loader and why Megatron does not take a layout of four GPUs; None where it does."""
+    found = []
+    for layout_of in (
+        {}, {"tensor": 2, "pipeline": 2, "expert": 2}, {"pipeline": 4}, {"pipeline": 2, "virtual": 2, "expert": 2},
+        {"tensor": 4, "expert": 4}, {"tensor": 3}, {"tensor": 2, "pipeline": 4}, {"expert": 3}, {"pipeline": 3},
+        {"pipeline": 2, "expert": 4}, {"batch": 6}, {"tensor": 4, "heads": 6}, {"expert": 4, "experts": 6},
+        {"pipeline": 2, "layers": [[2, "*-"], [2, "*E"]]},
+    ):  # fmt: skip
+        each = {
+            "tensor": 1,
+            "pipeline": 1,
+            "virtual": 1,
+            "expert": 1,
+            "batch": 16,
+            "heads": 4,
+            "experts": 8,
+        } | layout_of
+        values = {
+            "tensor-model-parallel-size": each["tensor"],
+            "pipeline-model-parallel-size": each["pipeline"],
+            "stages-per-rank": each["virtual"],
+            "expert-model-parallel-size": each["expert"],
+            "global-batch-size": each["batch"],
+            "num-attention-heads": each["heads"],
+            "num-query-groups": each["heads"],
+            "num-experts": each["experts"],
+            "layers": each.get("layers", [[4, "*E"]]),
+        }
+        recipe = small([[4, "*E"]], mtp=None, micro_batch_size=1, gpus=(4,), **wide()).with_values(values)
+        ours = megatrons = None
+        try:
+            check_layout(recipe)
+        except VirtualWidthError as refusal:
+            ours = str(refusal)
+        # The stages that the loader would not cut, for Megatron to look at.
+        stages = each["pipeline"] * each["virtual"]
+        layers = [sublayers for count, sublayers in values["layers"] for _ in range(count)]
+        cut = ["".join(layers[4 * number // stages : 4 * (number + 1) // stages]) for number in range(stages)]
+        words = recipe.with_values({"hybrid-layer-pattern": "|".join(cut), "stages-per-rank": 1})
+        try:
+            with simulation.simulated_world(words.arguments(transformer_engine=False), 4) as world:
+                for rank in world.stage_ranks():
+                    world.build(rank)
+        except (VirtualWidthError, AssertionError, RuntimeError) as refusal:
+            megatrons = str(refusal) or repr(refusal)
+        found.append([str(layout_of), ours, megatrons])
+    return found
+
+
+def built() -> dict:
+    """Of the fastest layouts of two of the paper's recipes, cut short: parameters of all distinct shards, and all."""
+    found = {}
+    for name, memory in (("moe-0.4b-4b", 3), ("moe-a3.3b", 6)):
+        recipe = load_recipe(name).with_values({"layers": [[1, "*-"], [3, "*E"]], "num-experts": 8, "mtp": None})
+        recipe = with_gpus(recipe.with_values({"stages-per-rank": 1, "pipeline-model-parallel-size": 1}), 8)
+        plans, _ = search(recipe, replace(HARDWARE["h100"], memory_gb=memory), 2)
+        for plan in plans:
+            # As Megatron would run it, recompute included, but for what wants Transformer Engine.
+            wanting = plan.shape.granularity == "selective" and "layernorm" in plan.shape.modules
+            own = plan.recipe.with_values(parameters.NO_RECOMPUTE) if wanting else plan.recipe
+            shards = set()
+            with simulation.simulated_world(own.arguments(transformer_engine=False), 8) as world:
+                total = world.count().total
+                for rank in world.distinct_ranks():
+                    shards |= set(world.build(rank).shards())
+            found[f"{name} {layout(plan.shape)}"] = [sum(math.prod(shard.shape) for shard in shards), total]
+    return found
+
+
 # Time
 
 
 def ranking() -> dict:
-    """Median seconds of a step of several models, run in turns, and what the planner predicts with rates of a CPU."""
+    """Median seconds of a step of several models, run in turns, and what the planner predicts with rates of a CPU.
+
+    Each takes about twice as long as the one before, so that a busy machine does not change their order.
+    """
     dense, routed = [[2, "*-"]], [[2, "*E"]]
     sizes = {
         "hidden_size": 256,
@@ -228,8 +387,8 @@ def ranking() -> dict:
     }
     sizes |= {"moe_ffn_hidden_size": 1024, "moe_shared_expert_intermediate_size": 1024}
     variants = {
-        "baseline": small(dense, baseline=True, **sizes),
-        "(2, 3)": small(dense, **sizes, **wide(vwn_n=3)),
+        # Whose MLP takes longer than all that a virtual width adds, its connections apart.
+        "baseline with wider MLP": small(dense, baseline=True, **(sizes | {"ffn_hidden_size": 1384})),
         "(2, 8)": small(dense, **sizes, **wide()),
         "baseline with experts": small(routed, baseline=True, moe_router_topk=4, **sizes),
         "(2, 8) of five times the layers": small([[10, "*-"]], **sizes, **wide()),
@@ -302,6 +461,11 @@ def main() -> None:
                 small(dense, gpus=(2,), **tp, sequence_parallel=False, baseline=True)
             ),
         },
+        "flops": flops(),
+        "flying": flying(),
+        "messages": messages(),
+        "verdicts": verdicts(),
+        "built": built(),
         "found": found(),
         "ranking": ranking(),
     }

@@ -21,6 +21,7 @@ def test_table_and_file_say_what_was_measured(tmp_path, capsys):
     arguments = [*TINY, "--num-workers", "0", "--attention-mask", "--output", str(path)]
     assert main(arguments) == 0
     written = json.loads(path.read_text())
+    assert written["program"] == "benchmark_data"
     assert [result["loader"] for result in written["results"]] == ["Megatron, single", "DALI, external"]
     for result in written["results"]:
         rate, seconds = result["tokens_per_second"], result["seconds"]

@@ -30,6 +30,7 @@ def test_parameters_are_those_of_the_built_ranks(answers):
     for name, answer in answers["parameters"].items():
         assert answer["coordinates"] >= 4, name
         assert answer["different"] == [], name
+        assert (answer["summed"] > 0) == ("TP2" in name), name
         assert answer["pieces differ"] == [], name
 
 
@@ -74,8 +75,40 @@ def test_bytes_of_collectives(answers):
         assert others < 0.01 * sum(answer["measured"].values()), name
 
 
+def test_flops_are_megatrons(answers):
+    """But for routers and fusions, which Megatron does not count."""
+    for name, (megatrons, ours) in answers["flops"].items():
+        assert ours == megatrons > 0, name
+
+
+def test_micro_batches_in_flight_are_those_of_megatrons_schedules(answers):
+    assert len(answers["flying"]) > 20
+    for name, megatrons, ours in answers["flying"]:
+        assert ours == megatrons, name
+
+
+def test_messages_are_those_of_the_communicator(answers):
+    assert len(answers["messages"]) == 3
+    for name, (sent, predicted) in answers["messages"].items():
+        assert sent == predicted, name
+
+
+def test_megatron_takes_the_layouts_that_the_loader_takes_and_no_others(answers):
+    taken = [ours is None for _, ours, _ in answers["verdicts"]]
+    assert 4 < sum(taken) < len(taken) - 4
+    for layout, ours, megatrons in answers["verdicts"]:
+        assert (ours is None) == (megatrons is None), (layout, ours, megatrons)
+
+
+def test_the_fastest_layouts_of_real_recipes_are_built_by_megatron(answers):
+    assert len(answers["built"]) >= 3
+    for name, (shards, total) in answers["built"].items():
+        assert shards == total > 0, name
+
+
 def test_predicted_times_are_in_the_order_of_measured_ones(answers):
     ranking = answers["ranking"]
+    assert len(ranking) == 4
     by = {kind: sorted(ranking, key=lambda name: ranking[name][kind]) for kind in ("measured", "predicted")}
     assert by["measured"] == by["predicted"], ranking
 
@@ -131,6 +164,14 @@ def test_a_plan_is_printed_and_written(tmp_path):
     written = json.loads((tmp_path / "plan.json").read_text())
     assert f"{written['parameters']['total']:,} in all" in done.stdout
     assert "WARNING" in done.stdout and "predicted" in done.stdout and "--network-gbs" in done.stdout
+    for said in (
+        "p2p buffers ",
+        "with stream recompute in blocks of 4: activations ",
+        "bytes sent per step",
+        "DP of experts ",
+    ):
+        assert said in done.stdout
+    assert "tokens/s, of this" in done.stdout and "share of the virtual width in the step" in done.stdout
     own = written["own"]
     assert own["step_seconds"] == pytest.approx(sum(own["step_parts"].values()))
     assert own["step_seconds"] > own["step_seconds_without_virtual_width"]

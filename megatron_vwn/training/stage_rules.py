@@ -1,0 +1,103 @@
+"""Which sublayers a pipeline rank gets, and what Megatron cannot train of that; needs neither torch nor Megatron.
+
+Recipes are checked with it on machines that have nothing installed, and the training program's refusals call it too.
+"""
+
+from collections.abc import Sequence
+
+# Megatron's marks in a hybrid pattern: between pipeline stages, before the layers of further predictions; and experts.
+_STAGE, _FURTHER, _EXPERTS = "|", "/", "E"
+# Ways to balance experts whose loss is logged.
+_LOGGED = {"aux_loss", "seq_aux_loss", "global_aux_loss"}
+
+BLOCKS_OF_ONE = (
+    "--vwn-recompute-block finds no two sublayers in a row where Megatron recomputes each by itself: drop it, or "
+    "--recompute-granularity full, or recompute uniformly with --recompute-num-layers of at least 2."
+)
+
+
+def stages_of_ranks(pattern: str, ranks: int, first: int | None = None, last: int | None = None) -> list[list[str]]:
+    """Sublayers of every pipeline rank's virtual stages; those of further predictions follow the last one's.
+
+    Args:
+        pattern: Megatron's ``--hybrid-layer-pattern``, with marks or without.
+        ranks: pipeline ranks.
+        first, last: ``--decoder-first-pipeline-num-layers`` and ``--decoder-last-pipeline-num-layers``, which only a
+            pattern without marks may have.
+
+    Returns:
+        Nothing where stages do not divide, which is for others to refuse.
+    """
+    trunk, _, further = pattern.partition(_FURTHER)
+    stages = trunk.split(_STAGE)
+    if len(stages) == 1 < ranks:  # Megatron cuts it
+        between = ranks - (first is not None) - (last is not None)
+        rest = len(trunk) - (first or 0) - (last or 0)
+        if rest < 0 or (rest % between if between else rest):
+            return []
+        sizes = [rest // between] * between if between else []
+        sizes = ([] if first is None else [first]) + sizes + ([] if last is None else [last])
+        begins = [sum(sizes[:number]) for number in range(ranks)]
+        stages = [trunk[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+    if len(stages) % ranks:
+        return []
+    if further:
+        stages[-1] += _FURTHER + further
+    return [stages[rank::ranks] for rank in range(ranks)]
+
+
+def rank_without_experts(stages: Sequence[Sequence[str]]) -> str | None:
+    """The sentence about a pipeline rank without experts in a model that has some, None if all have.
+
+    Megatron 0.19 sums the logged losses of routers over pipeline ranks, in tensors that are shorter where a rank has no
+    experts, and dies in the first step.
+
+    Args:
+        stages: ``stages_of_ranks``.
+    """
+    counts = [sum(stage.count(_EXPERTS) for stage in held) for held in stages]
+    if not any(counts) or all(counts):
+        return None
+    rank = counts.index(0)
+    return (
+        f"pipeline rank {rank} of {len(stages)} has no experts ({_STAGE.join(stages[rank])}), and Megatron's log of "
+        "their losses would fail in the first step: use fewer stages, or give every rank a sublayer E."
+    )
+
+
+def recomputes_single_sublayers(
+    granularity: str | None, method: str | None, layers: int | None, stages: Sequence[Sequence[str]]
+) -> bool:
+    """Whether Megatron recomputes every sublayer by itself, so that blocks of stream recompute would be of one each.
+
+    Args:
+        granularity, method, layers: ``--recompute-granularity``, ``--recompute-method``, ``--recompute-num-layers``.
+        stages: ``stages_of_ranks``.
+    """
+    if granularity != "full":
+        return False
+    if method == "uniform":
+        return (layers or 1) == 1
+    every = [stage for held in stages for stage in held]
+    # By method block it leaves the layers of further predictions alone.
+    return bool(every) and _FURTHER not in every[-1] and (layers or 1) >= max(map(len, every))
+
+
+def logs_router_losses(balancing: object, coefficients: object, z_loss: object) -> bool:
+    """Whether routers have losses that Megatron logs.
+
+    Args:
+        balancing: ``--moe-router-load-balancing-type``, one or several.
+        coefficients: ``--moe-aux-loss-coeff``, one or several, as numbers or as text.
+        z_loss: ``--moe-z-loss-coeff``, or None.
+    """
+    kinds = [balancing] if isinstance(balancing, str) else list(balancing or ())
+    weights = coefficients if isinstance(coefficients, list | tuple) else [coefficients]
+    return z_loss is not None or (bool(_LOGGED & set(kinds)) and any(map(_is_weight, weights)))
+
+
+def _is_weight(value: object) -> bool:
+    try:
+        return float(value or 0) != 0
+    except (TypeError, ValueError):  # no number, which is for others to refuse
+        return False
