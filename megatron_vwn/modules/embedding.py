@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.fp8_linear import fp8_linear, product
 from megatron_vwn.modules.ngram_embedding import NGramEmbedding
 from megatron_vwn.modules.partitioned import PartitionedModule
 from megatron_vwn.parallel.partition import StreamPartition
@@ -28,6 +29,7 @@ class Expansion(PartitionedModule):
         super().__init__(config, virtual_width, pg_collection)
         self.divisor = virtual_width.linear_divisor(config.hidden_size)
         self.add_parameter("weight", virtual_width.n, self.segment_size, config.hidden_size, channel_dim=1)
+        self.fp8 = fp8_linear(config, config.hidden_size, virtual_width.n * self.local_segment_size, end="first")
 
     def forward(self, x_sbD: Tensor) -> Tensor:
         """X [s, b, D], whole on every rank, to this rank's state [s, b, N, E]."""
@@ -35,7 +37,7 @@ class Expansion(PartitionedModule):
         copies = ops.tile(self.partition.scatter_channels(x_sbD.unflatten(-1, (vw.m, -1))), vw.n)
         # A rank's product sees only its own rows of W_expand, so the gradient of X has to be summed over ranks.
         x_sbD = self.partition.complete_gradient(x_sbD).to(self.weight.dtype)
-        return copies + (x_sbD @ self.weight.flatten(0, 1).T / self.divisor).view(copies.shape)
+        return copies + (product(x_sbD, self.weight.flatten(0, 1), self.fp8) / self.divisor).view(copies.shape)
 
 
 class OverWidthEmbedding(LanguageModelEmbedding):

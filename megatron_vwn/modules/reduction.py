@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.fp8_linear import fp8_linear, product
 from megatron_vwn.modules.group_norm import GroupNorm
 from megatron_vwn.modules.partitioned import PartitionedModule
 
@@ -29,6 +30,7 @@ class Reduction(PartitionedModule):
         super().__init__(config, virtual_width, pg_collection)
         self.divisor = virtual_width.linear_divisor(virtual_width.over_width(config.hidden_size))
         self.add_parameter("weight", config.hidden_size, virtual_width.n, self.segment_size, channel_dim=2)
+        self.fp8 = fp8_linear(config, virtual_width.n * self.local_segment_size, config.hidden_size, end="last")
         if virtual_width.reduce_norm:
             self.norm = GroupNorm(config, virtual_width, pg_collection)
 
@@ -39,6 +41,7 @@ class Reduction(PartitionedModule):
         if vw.reduce_norm:
             h_TNE = self.norm(h_TNE)
         mean_TME = self.partition.gather_channels(ops.average_copies(h_TNE, vw.m))
-        projected_TD = h_TNE.flatten(1).to(self.weight.dtype) @ self.weight.flatten(1).T / self.divisor
+        flat_TF = h_TNE.flatten(1).to(self.weight.dtype)
+        projected_TD = product(flat_TF, self.weight.flatten(1), self.fp8) / self.divisor
         x_TD = mean_TME.flatten(1) + self.partition.sum_over_channels(projected_TD)
         return x_TD.to(self.config.params_dtype).view(*hidden_states.shape[:-1], self.config.hidden_size)

@@ -19,7 +19,15 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training.defaults import megatron_defaults
+from megatron_vwn.training.fp8_rules import FP8_RULES
 from megatron_vwn.training.layer_rules import LAYER_RULES, pattern_of
+from megatron_vwn.training.stage_rules import (
+    BLOCKS_OF_ONE,
+    logs_router_losses,
+    rank_without_experts,
+    recomputes_single_sublayers,
+    stages_of_ranks,
+)
 
 Args = argparse.Namespace
 
@@ -48,6 +56,20 @@ def _interleaved_without_overlap(args: Args) -> bool:
     return not args.overlap_p2p_comm and stages == 2 < get_hybrid_total_pipeline_segment_count(pattern_of(args))
 
 
+def _stages(args: Args) -> list[list[str]]:
+    return stages_of_ranks(
+        pattern_of(args),
+        args.pipeline_model_parallel_size,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+    )
+
+
+def _blocks_of_one(args: Args) -> bool:
+    how = args.recompute_granularity, args.recompute_method, args.recompute_num_layers
+    return args.vwn_recompute_block and recomputes_single_sublayers(*how, _stages(args))
+
+
 # For every run, the ordinary model included.
 _ALWAYS = (
     Refusal(
@@ -66,7 +88,7 @@ _ALWAYS = (
         lambda args: args.transformer_impl == "inference_optimized",
         "--transformer-impl inference_optimized cannot be trained: choose transformer_engine or local.",
     ),
-    *(Refusal(applies, sentence) for applies, sentence in LAYER_RULES),
+    *(Refusal(applies, sentence) for applies, sentence in (*FP8_RULES, *LAYER_RULES)),
     Refusal(
         lambda args: (args.mtp_num_layers or args.mtp_hybrid_override_pattern) and not _depths(args),
         "further predictions of a HybridModel are written into --hybrid-layer-pattern, such as '*-*-/*-' for one: drop "
@@ -174,6 +196,7 @@ _WITH_VIRTUAL_WIDTH = (
         "--mtp-detach-heads would never train the embedding's expansion of further predictions: choose --vwn-embedding "
         "wide or tiled, or drop it.",
     ),
+    Refusal(_blocks_of_one, BLOCKS_OF_ONE),
     _flag("use_mup", "scales learning rates by width and has no rule for a virtual width: drop it."),
     Refusal(
         lambda args: args.optimizer not in ("adam", "sgd"),
@@ -308,6 +331,7 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         | (_OF_TRANSFORMER_ENGINE if args.transformer_impl == "local" else {})
         | (_OF_REFUSED_FLAGS if virtual_width is not None else {}),
     )
+    _refuse_stages(args)
     if virtual_width is None or args.hidden_size is None:  # a missing --hidden-size is Megatron's to refuse
         return
     virtual_width.check_model(
@@ -318,6 +342,13 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         tensor_parallel_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
+
+
+def _refuse_stages(args: Args) -> None:
+    losses = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff, args.moe_z_loss_coeff
+    sentence = rank_without_experts(_stages(args)) if logs_router_losses(*losses) else None
+    if sentence is not None:
+        raise VirtualWidthError(sentence)
 
 
 def _refuse_changed(args: Args, table: _Patterns) -> None:

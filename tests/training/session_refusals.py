@@ -13,11 +13,13 @@ cpu.install()
 
 import torch  # noqa: E402
 from megatron.core import mpu, tensor_parallel  # noqa: E402
+from megatron.core.models.hybrid import hybrid_layer_allocation  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.models import hybrid  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError  # noqa: E402
-from megatron_vwn.training import model_config, resume, run  # noqa: E402
+from megatron_vwn.training import folder_checks, model_config, resume, run  # noqa: E402
+from megatron_vwn.training.stage_rules import stages_of_ranks  # noqa: E402
 
 
 def prepare(argv):
@@ -41,6 +43,42 @@ def other_document_end():
         resume._compare("folder", saved, current)
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
+
+
+def stages():
+    """Sublayers of every pipeline rank and virtual stage, as we and as Megatron cut a pattern."""
+    found = []
+    for pattern, ranks, first, last in (
+        ("*-|*E|*-|*E", 2, None, None),
+        ("*-|*E|*-|*E", 4, None, None),
+        ("*-*E*-*E", 2, None, None),
+        ("*-*E*-*E", 2, 2, None),
+        ("*-*E*-*E", 4, None, 2),
+        ("*-*E*-*E", 4, 3, 1),
+        ("*-*E*-*E", 2, 3, 5),
+        ("*-*E", 1, None, None),
+    ):
+        virtual = len(pattern.split("|")) // ranks or 1
+        cut = []
+        for rank in range(ranks):
+            with (
+                mock.patch.object(torch.distributed, "get_rank", return_value=rank),
+                mock.patch.object(torch.distributed, "get_world_size", return_value=ranks),
+                mock.patch.object(hybrid_layer_allocation, "log_on_each_pipeline_stage"),
+                mock.patch.object(hybrid_layer_allocation, "log_single_rank"),
+            ):
+                cut.append(
+                    [
+                        "".join(
+                            hybrid_layer_allocation.select_pipeline_segment(
+                                pattern, mock.sentinel.group, stage if virtual > 1 else None, first, last
+                            )[0]
+                        )
+                        for stage in range(virtual)
+                    ]
+                )
+        found.append([pattern, stages_of_ranks(pattern, ranks, first, last), cut])
+    return found
 
 
 def exit_code(outcome):
@@ -103,6 +141,9 @@ def backbone_difference(argv, virtual_width_flags):
 def main(cases_file, results_file):
     cases = json.loads(Path(cases_file).read_text())
     results = {name: prepare(argv) for name, argv in cases["argv"].items()}
+    results["stages"] = stages()
+    with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
+        results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
     results["other document end"] = other_document_end()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

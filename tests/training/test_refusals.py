@@ -25,7 +25,18 @@ MODEL = [
 # fmt: on
 MOCK = ["--mock-data"]
 WIDE = ["--vwn-m", "2", "--vwn-n", "6"]
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method"]
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+FOLDERS = [
+    "--save",
+    "--load",
+    "--pretrained-checkpoint",
+    "--tensorboard-dir",
+    "--data-cache-path",
+    "--non-persistent-global-ckpt-dir",
+    "--wandb-save-dir",
+]
 
 # Flags after MODEL (the last one given counts), and words that the sentence must have: what is wrong, what to change.
 REFUSED_WITH_VIRTUAL_WIDTH = {
@@ -59,6 +70,14 @@ REFUSED_WITH_VIRTUAL_WIDTH = {
         "further predictions",
         "--recompute-num-layers 1",
     ],
+    "--vwn-recompute-block 2 --recompute-granularity full --recompute-method uniform": [
+        "--vwn-recompute-block finds no two sublayers",
+        "--recompute-num-layers of at least 2",
+    ],
+    "--vwn-recompute-block 2 --recompute-granularity full --recompute-method block --recompute-num-layers 4": [
+        "--vwn-recompute-block finds no two sublayers",
+        "drop it",
+    ],
     "--use-mup": ["--use-mup"],
     "--muon-nesterov": ["--muon-nesterov", "drop it"],
     "--cuda-graph-warmup-steps 1": ["--cuda-graph-warmup-steps", "drop it"],
@@ -87,6 +106,13 @@ REFUSED_ALWAYS = {
     "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *|-|*|- --no-overlap-p2p-communication": [
         "--no-overlap-p2p-communication",
         "drop it",
+    ],
+    "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *-|*E --num-experts 4 --moe-aux-loss-coeff 0.01": [
+        "pipeline rank 0 of 2 has no experts (*-)",
+        "give every rank a sublayer E",
+    ],
+    "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *E*- --num-experts 4 --moe-z-loss-coeff 0.01": [
+        "pipeline rank 1 of 2 has no experts (*-)",
     ],
     "--perform-rl-step": ["--perform-rl-step"],
     "--inprocess-restart": ["--inprocess-restart", "--max-restarts"],
@@ -126,6 +152,36 @@ ACCEPTED = {
     "multi-token prediction": [*WIDE, "--hybrid-layer-pattern", "*-*-/*-"],
     "dropout": [*WIDE, "--hidden-dropout", "0.1"],
     "experts": [*WIDE, "--hybrid-layer-pattern", "*E*E", "--num-experts", "4"],
+    "stream recompute": [*WIDE, "--vwn-recompute-block", "2"],
+    "stream recompute in chunks": [
+        *WIDE,
+        "--vwn-recompute-block",
+        "2",
+        *RECOMPUTE,
+        "uniform",
+        "--recompute-num-layers",
+        "2",
+    ],
+    "stream recompute of some": [
+        *WIDE,
+        "--vwn-recompute-block",
+        "2",
+        *RECOMPUTE,
+        "block",
+        "--recompute-num-layers",
+        "2",
+    ],
+    "stream recompute of further predictions": [
+        *WIDE,
+        "--hybrid-layer-pattern",
+        "*-*-/*-",
+        "--vwn-recompute-block",
+        "2",
+        *RECOMPUTE,
+        "block",
+        "--recompute-num-layers",
+        "4",
+    ],
     "distributed optimizer": [*WIDE, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
 }
 
@@ -207,6 +263,11 @@ def prepared(checkpoint, tmp_path_factory):
         ("empty but demanded", "empty", [*WIDE, "--exit-on-missing-checkpoint"]),
     ):
         argv[name] = [*run, *flags, "--load", str(folder / source)]
+    (folder / "file").touch()
+    for flag in FOLDERS:
+        argv[f"{flag} names a file"] = [*run, *WIDE, flag, str(folder / "file")]
+        argv[f"{flag} lies in a file"] = [*run, *WIDE, flag, str(folder / "file" / "below")]
+        argv[f"{flag} is to be made"] = [*run, *WIDE, "--save-interval", "1", flag, str(folder / "new" / "folder")]
     (folder / "cases.json").write_text(json.dumps({"argv": argv, "model": run}))
     session = Path(__file__).parent / "session_refusals.py"
     done = subprocess.run(
@@ -247,6 +308,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("yaml", ["--yaml-cfg"]),
         ("ordinary fp32 stream", ["--fp32-residual-connection", "Transformer Engine"]),
         ("experts with biases", ["--disable-bias-linear"]),
+        ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
         ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
         ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
@@ -262,6 +324,19 @@ def test_refused_for_every_model(prepared, flags, model):
 )
 def test_refused(prepared, case, words):
     assert_refused(prepared[case], words)
+
+
+@pytest.mark.parametrize("flag", FOLDERS)
+def test_a_file_where_a_folder_must_be_is_refused(prepared, flag):
+    for case in ("names a file", "lies in a file"):
+        assert_refused(prepared[f"{flag} {case}"], [flag, "/file is a file: give a folder"])
+    assert prepared[f"{flag} is to be made"]["virtual_width"]
+
+
+def test_stages_are_those_that_megatron_cuts(prepared):
+    assert len(prepared["stages"]) > 5
+    for pattern, ours, megatrons in prepared["stages"]:
+        assert ours == megatrons, pattern
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
@@ -291,6 +366,8 @@ def test_says_what_is_trained_and_which_flags_were_added(prepared):
     assert "--distributed-backend gloo" in added and "there is no GPU" in added
     assert "3x: 6 segments of 32 channels around a backbone of 64" in stream
     assert prepared["ordinary model"]["transformer_impl"] == "local"
+    assert "sublayers kept" not in stream
+    assert "state of one in 2 sublayers kept" in prepared["stream recompute"]["said"][-1]
 
 
 def test_exit_codes(prepared):
