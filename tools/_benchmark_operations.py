@@ -6,7 +6,7 @@ leaves are per token (first axis T), the others are parameters.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,12 +14,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from megatron_vwn.ops import ConnectionParameters, composed, reference, why_not_kernels
+from megatron_vwn.ops import ConnectionParameters, InputNorm, composed, reference, why_not_kernels
 from megatron_vwn.ops.costs import Op, Width
 
 # Coefficients that are far from their initial pattern, logits of unit size: what a trained stream looks like.
 _STD = 0.1
 _EPS = 1e-6
+# As large as the mean square of X: with less, the gradient along X nearly vanishes and its rounding would be compared.
+_INPUT_NORM_EPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,6 @@ class Variant(ABC):
         """The same outputs from fp64 leaves, token by token independent."""
 
 
-Read = Callable[[Tensor, ConnectionParameters], tuple[Tensor, Tensor]]
-Write = Callable[[Tensor, Tensor, ConnectionParameters], Tensor]
-
-
 class VirtualWidth(Variant):
     """A variant of this package's operations.
 
@@ -96,18 +94,23 @@ class VirtualWidth(Variant):
     """
 
     @abstractmethod
-    def read(self, h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Tensor]:
-        """X [T, D], and H for whoever needs it next."""
+    def read(self, h_TNE: Tensor, p: ConnectionParameters, norm: InputNorm | None = None) -> tuple[Tensor, Tensor]:
+        """X [T, D], or its norm, and H for whoever needs it next."""
 
     @abstractmethod
     def write(self, h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
         """H' [T, N, E]."""
 
     def write_read(
-        self, h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters, q: ConnectionParameters
+        self,
+        h_TNE: Tensor,
+        y_TD: Tensor,
+        p: ConnectionParameters,
+        q: ConnectionParameters,
+        norm: InputNorm | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """H' [T, N, E], with which the next connection goes on, and its X [T, D]."""
-        x_TD, h_TNE = self.read(self.write(h_TNE, y_TD, p), q)
+        """H' [T, N, E], with which the next connection goes on, and its X [T, D], or X's norm."""
+        x_TD, h_TNE = self.read(self.write(h_TNE, y_TD, p), q, norm)
         return h_TNE, x_TD
 
     @abstractmethod
@@ -125,9 +128,11 @@ class VirtualWidth(Variant):
         leaves = {"h": draw(problem.tokens, width.n, width.segment)}
         if problem.op == "reduce_norm":
             return leaves | {"group_weight": draw(width.n, width.segment, std=_STD, mean=1.0)}
-        if problem.op != "read":
+        if not problem.op.startswith("read"):
             leaves["y"] = draw(problem.tokens, width.hidden_size)
-        for prefix in ("", "next_") if problem.op == "write_read" else ("",):
+        if problem.op.endswith("normed"):
+            leaves["input_norm"] = draw(width.hidden_size, std=_STD, mean=1.0)
+        for prefix in ("", "next_") if problem.op.startswith("write_read") else ("",):
             leaves |= {
                 f"{prefix}routing": draw(width.n, width.num_coefficients, std=_STD),
                 f"{prefix}scale": draw(width.n, width.num_coefficients, std=_STD),
@@ -150,14 +155,15 @@ def _run(functions: VirtualWidth, problem: Problem, leaves: dict[str, Tensor]) -
     if problem.op == "reduce_norm":
         return (functions.group_norm(h_TNE, leaves["group_weight"], problem.width),)
     p = _parameters(problem.width, leaves, "")
-    if problem.op == "read":
-        return functions.read(h_TNE, p)
+    norm = InputNorm(leaves["input_norm"], _INPUT_NORM_EPS) if problem.op.endswith("normed") else None
+    if problem.op.startswith("read"):
+        return functions.read(h_TNE, p, norm)
     if problem.op == "write":
         return (functions.write(h_TNE, leaves["y"], p),)
     if problem.op == "connection":
         x_TD, h_TNE = functions.read(h_TNE, p)
         return x_TD, functions.write(h_TNE, leaves["y"], p)
-    return functions.write_read(h_TNE, leaves["y"], p, _parameters(problem.width, leaves, "next_"))
+    return functions.write_read(h_TNE, leaves["y"], p, _parameters(problem.width, leaves, "next_"), norm)
 
 
 def _parameters(width: Width, leaves: dict[str, Tensor], prefix: str) -> ConnectionParameters:
@@ -170,9 +176,9 @@ class Reference(VirtualWidth):
 
     name = "reference"
 
-    def read(self, h_TNE, p):
+    def read(self, h_TNE, p, norm=None):
         """See ``VirtualWidth``."""
-        return reference.read(h_TNE, p), h_TNE
+        return reference.read(h_TNE, p, norm), h_TNE
 
     def write(self, h_TNE, y_TD, p):
         """See ``VirtualWidth``."""
@@ -188,9 +194,9 @@ class Composed(VirtualWidth):
 
     name = "torch"
 
-    def read(self, h_TNE, p):
+    def read(self, h_TNE, p, norm=None):
         """See ``VirtualWidth``."""
-        return composed.read(h_TNE, p), h_TNE
+        return composed.read(h_TNE, p, norm), h_TNE
 
     def write(self, h_TNE, y_TD, p):
         """See ``VirtualWidth``."""
@@ -226,9 +232,9 @@ class Compiled(VirtualWidth):
 
     @cached_property
     def _write_read(self):
-        def write_read(h_TNE, y_TD, p, q):
+        def write_read(h_TNE, y_TD, p, q, norm):
             h_TNE = reference.write(h_TNE, y_TD, p)
-            return h_TNE, reference.read(h_TNE, q)
+            return h_TNE, reference.read(h_TNE, q, norm)
 
         return torch.compile(write_read, dynamic=False)
 
@@ -240,17 +246,17 @@ class Compiled(VirtualWidth):
 
         return torch.compile(group_norm, dynamic=False)
 
-    def read(self, h_TNE, p):
+    def read(self, h_TNE, p, norm=None):
         """See ``VirtualWidth``."""
-        return self._read(h_TNE, p), h_TNE
+        return self._read(h_TNE, p, norm), h_TNE
 
     def write(self, h_TNE, y_TD, p):
         """See ``VirtualWidth``."""
         return self._write(h_TNE, y_TD, p)
 
-    def write_read(self, h_TNE, y_TD, p, q):
+    def write_read(self, h_TNE, y_TD, p, q, norm=None):
         """See ``VirtualWidth``."""
-        return self._write_read(h_TNE, y_TD, p, q)
+        return self._write_read(h_TNE, y_TD, p, q, norm)
 
     def group_norm(self, h_TNE, weight_NE, width):
         """See ``VirtualWidth``."""
@@ -270,11 +276,11 @@ class Kernels(VirtualWidth):
             return "runs on a GPU only (--compile-only needs none)"
         return why_not_kernels(problem.width.n, doubly_stochastic=False)
 
-    def read(self, h_TNE, p):
+    def read(self, h_TNE, p, norm=None):
         """See ``VirtualWidth``."""
         from megatron_vwn.ops.kernels import connection
 
-        return connection.read(h_TNE, p), h_TNE
+        return connection.read(h_TNE, p, norm), h_TNE
 
     def write(self, h_TNE, y_TD, p):
         """See ``VirtualWidth``."""
@@ -282,11 +288,11 @@ class Kernels(VirtualWidth):
 
         return connection.write(h_TNE, y_TD, p)
 
-    def write_read(self, h_TNE, y_TD, p, q):
+    def write_read(self, h_TNE, y_TD, p, q, norm=None):
         """See ``VirtualWidth``."""
         from megatron_vwn.ops.kernels import connection
 
-        return connection.write_read(h_TNE, y_TD, p, q)
+        return connection.write_read(h_TNE, y_TD, p, q, norm)
 
     def group_norm(self, h_TNE, weight_NE, width):
         """See ``VirtualWidth``."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.norm import SharedNorm
 from megatron_vwn.modules.partitioned import PartitionedModule
 from megatron_vwn.ops import composed, recomputed
 
@@ -23,12 +24,18 @@ class Connection(PartitionedModule):
         config: the backbone's config; D = hidden_size, eps = layernorm_epsilon.
         virtual_width: the stream.
         pg_collection: process groups; ``tp`` is used.
+        input_norm: the sublayer's own, if the read may do it.
     """
 
     def __init__(
-        self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        virtual_width: VirtualWidthConfig,
+        pg_collection: ProcessGroupCollection,
+        input_norm: SharedNorm | None = None,
     ):
         super().__init__(config, virtual_width, pg_collection)
+        self.input_norm = input_norm
         self.num_coefficients = 2 * virtual_width.m + virtual_width.num_carry
         # Handles in place of states save nothing while the stages keep copies of them for themselves.
         self._composed = composed if virtual_width.recompute_block is None else recomputed
@@ -66,14 +73,15 @@ class Connection(PartitionedModule):
             hidden_states: this rank's over-width state [s, b, N * E].
 
         Returns:
-            The input [s, b, D] in the state's dtype, and what ``write`` wants back: under the width partition the
-            carry and write deviations, whose sums over ranks came with those of the read; else None.
+            The input [s, b, D] in the state's dtype, or its norm where ``normalizes_input``, and what ``write`` wants
+            back: under the width partition the carry and write deviations, whose sums over ranks came with those of
+            the read; else None.
         """
         h_TNE = self.segments(hidden_states)
         p = self()
         shape = (*hidden_states.shape[:-1], self.config.hidden_size)
         if not self.partition.splits_width:
-            return ops.read(h_TNE, p).view(shape), None
+            return ops.read(h_TNE, p, self._norm_of(h_TNE, p)).view(shape), None
         everything = slice(0, self.num_coefficients)
         sums_TNK = self.partition.sum_over_channels(self._composed.project(h_TNE, p, everything)) if p.dynamic else None
         deviation_TNK = self.partition.complete_gradient(
@@ -107,6 +115,15 @@ class Connection(PartitionedModule):
             return ops.write(h_TNE, y, p)
         return self._composed.mix_write(h_TNE, y, deviation_TNK, p)
 
+    def normalizes_input(self, hidden_states: Tensor) -> bool:
+        """Whether what ``read`` or a ``write_read`` returns for this sublayer has passed its norm."""
+        if self.input_norm is None or self.partition.splits_width:
+            return False
+        return ops.normalizes_input(self.segments(hidden_states), self())
+
+    def _norm_of(self, h_TNE: Tensor, p: ops.ConnectionParameters) -> ops.InputNorm | None:
+        return self.input_norm() if self.input_norm is not None and ops.normalizes_input(h_TNE, p) else None
+
     def fuses_write_read(self, hidden_states: Tensor) -> bool:
         """Whether a kernel does the write of this connection together with the read of the next one."""
         if self.partition.splits_width:
@@ -122,7 +139,8 @@ class Connection(PartitionedModule):
             following: the connection of the next sublayer.
 
         Returns:
-            The next state [T, N, E] and the next sublayer's input [T, D].
+            The next state [T, N, E] and the next sublayer's input [T, D], its norm where ``normalizes_input``.
         """
         h_TNE = self.segments(hidden_states)
-        return ops.write_read(h_TNE, y, self(), following())
+        p_next = following()
+        return ops.write_read(h_TNE, y, self(), p_next, following._norm_of(h_TNE, p_next))

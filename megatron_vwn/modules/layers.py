@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.connection import Connection
+from megatron_vwn.modules.norm import SharedNorm
 from megatron_vwn.modules.passage import PendingWrite, arrive
 
 
@@ -38,9 +39,11 @@ class _Connected:
     Attributes:
         leaves_write: whether the caller hands what this layer returns, untouched, to a layer of this kind, which can do
             the write together with its own read; set by the stack.
+        observer: gets the state that the sublayer has read, if somebody set one.
     """
 
     leaves_write = False
+    observer: Callable[[Tensor], None] | None = None
 
     def __init__(
         self,
@@ -51,13 +54,16 @@ class _Connected:
         **kwargs,
     ):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        self.connection = Connection(config, virtual_width, pg_collection)
+        self.connection = Connection(config, virtual_width, pg_collection, SharedNorm.of(self))
 
     def forward(self, hidden_states: Tensor | PendingWrite, *args, **kwargs):
         """Hidden states are this rank's over-width state [s, b, N * E], or the write that leads to it; everything else
         is the stock layer's."""
         arrival = arrive(self.connection, hidden_states)
-        output = super().forward(arrival.x, *args, **kwargs)
+        if self.observer is not None:
+            self.observer(arrival.state)
+        with arrival.norm_done():
+            output = super().forward(arrival.x, *args, **kwargs)
         if isinstance(output, tuple):
             output, *rest = output
             return arrival.leave(output, wait=self.leaves_write), *rest

@@ -5,6 +5,7 @@ H and Y, and stores H' and the next X. Then the first layer returns a ``PendingW
 no layer of ours gets tensors: see ``join_boundaries``.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack
@@ -21,7 +22,7 @@ class Arrival:
     Attributes:
         connection: the sublayer's.
         state: this rank's over-width state [s, b, N * E] that it read.
-        x: its input [s, b, D] in the backbone's dtype.
+        x: its input [s, b, D] in the backbone's dtype, normalised where ``Connection.normalizes_input``.
         coefficients: what ``Connection.read`` returned for ``Connection.write``.
         place: the sublayer's place for stream recompute; None without.
         x_by_read: whether x was read by itself, rather than together with the write before.
@@ -33,6 +34,11 @@ class Arrival:
     coefficients: Tensor | None
     place: Place | None
     x_by_read: bool
+
+    def norm_done(self) -> AbstractContextManager:
+        """For the stock layer: its norm is skipped inside, if the read did it."""
+        connection = self.connection
+        return connection.input_norm.done() if connection.normalizes_input(self.state) else nullcontext()
 
     def leave(self, output: Tensor, *, wait: bool) -> "Tensor | PendingWrite":
         """Write the sublayer's output [s, b, D], or leave that to the next sublayer if it may wait and a kernel does

@@ -4,7 +4,9 @@ Autograd keeps the over-width state H of every connection: r times the backbone'
 the first H of a block and every sublayer's output Y, and gets a handle for each later H. The first handle that the
 backward pass opens rebuilds the whole block with the write chain, H_1 = write(H_0, Y_0), H_2 = write(H_1, Y_1), and so
 on, and each H is let go again when its last handle has been opened. A sublayer's input X, which its norm keeps, is
-emptied after use and filled again just before the sublayer's backward pass.
+emptied after use and filled again just before the sublayer's backward pass. Where the read does the norm, X stands for
+the normalised input below, which the sublayer's first linear layers keep; the read itself keeps no input then, but a
+number per token.
 
 Per token and in elements, of C connections in blocks of K on one pipeline stage (D backbone width, r virtual width
 factor; whole segments, that is the sequence and replicated partitions):
@@ -86,7 +88,7 @@ class Step:
 
     Attributes:
         connection: the sublayer's.
-        x: the sublayer's input, as its norm got it; not held once the step belongs to a block.
+        x: the sublayer's input, as the layer got it; not held once the step belongs to a block.
         y: the sublayer's output as ``Connection.write`` takes it.
         coefficients: what else ``Connection.write`` takes.
         x_by_read: whether x was read by itself, rather than together with the write before.

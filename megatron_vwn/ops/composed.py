@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vwn.ops.parameters import SINKHORN_KAPPA, ConnectionParameters, accumulation_dtype, initial_pattern
+from megatron_vwn.ops.parameters import (
+    SINKHORN_KAPPA,
+    ConnectionParameters,
+    InputNorm,
+    accumulation_dtype,
+    initial_pattern,
+)
 from megatron_vwn.ops.reference import sinkhorn
 
 
@@ -90,10 +96,14 @@ def mix_write(h_TNE: Tensor, y_TME: Tensor, deviation_TNK: Tensor, p: Connection
     return out.to(h_TNE.dtype)
 
 
-def read(h_TNE: Tensor, p: ConnectionParameters) -> Tensor:
-    """X = A_read^T H of a whole stream: [T, D] in the dtype of h."""
+def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
+    """X = A_read^T H of a whole stream, or its norm: [T, D] in the dtype of h."""
     sums_TNK = project(h_TNE, p, p.read_columns) if p.dynamic else None
-    return mix_read(h_TNE, deviations(sums_TNK, p, p.read_columns, h_TNE.shape[-1]), p).flatten(1)
+    x_TD = mix_read(h_TNE, deviations(sums_TNK, p, p.read_columns, h_TNE.shape[-1]), p).flatten(1)
+    if input_norm is None:
+        return x_TD
+    normed_TD = torch.nn.functional.rms_norm(x_TD, x_TD.shape[-1:], input_norm.weight_D, input_norm.eps)
+    return normed_TD.to(x_TD.dtype)
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
@@ -104,11 +114,15 @@ def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
 
 
 def write_read(
-    h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters, p_next: ConnectionParameters
+    h_TNE: Tensor,
+    y_TD: Tensor,
+    p: ConnectionParameters,
+    p_next: ConnectionParameters,
+    input_norm: InputNorm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The write of one connection and the read of the next."""
     next_TNE = write(h_TNE, y_TD, p)
-    return next_TNE, read(next_TNE, p_next)
+    return next_TNE, read(next_TNE, p_next, input_norm)
 
 
 def tile(x_TME: Tensor, n: int) -> Tensor:

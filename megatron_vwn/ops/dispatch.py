@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vwn.ops import composed, recomputed
-from megatron_vwn.ops.parameters import ConnectionParameters
+from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,6 +22,15 @@ def by_kernels(h_TNE: Tensor, p: ConnectionParameters) -> bool:
         return False
     # Rows that pad a tile have no norm without an eps.
     return h_TNE.dtype in _DTYPES and p.eps > 0 and why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is None
+
+
+def normalizes_input(h_TNE: Tensor, p: ConnectionParameters) -> bool:
+    """Whether the kernels normalise a sublayer's input while they read it, rather than an operation of its own."""
+    if not by_kernels(h_TNE, p):
+        return False
+    from megatron_vwn.ops.kernels.tiling import MAX_NORMED_SEGMENTS
+
+    return p.n <= MAX_NORMED_SEGMENTS
 
 
 def why_not_kernels(n: int, *, doubly_stochastic: bool) -> str | None:
@@ -42,9 +51,9 @@ def _have_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def read(h_TNE: Tensor, p: ConnectionParameters) -> Tensor:
-    """X = A_read^T H: the sublayer's input [T, D] in the dtype of h."""
-    return _implementation(h_TNE, p).read(h_TNE, p)
+def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
+    """X = A_read^T H, or its norm where one is given: the sublayer's input [T, D] in the dtype of h."""
+    return _implementation(h_TNE, p).read(h_TNE, p, input_norm)
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
@@ -53,10 +62,15 @@ def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
 
 
 def write_read(
-    h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters, p_next: ConnectionParameters
+    h_TNE: Tensor,
+    y_TD: Tensor,
+    p: ConnectionParameters,
+    p_next: ConnectionParameters,
+    input_norm: InputNorm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The write of one connection and the read of the next: H' [T, N, E] and X [T, D] in the dtype of h."""
-    return _implementation(h_TNE, p).write_read(h_TNE, y_TD, p, p_next)
+    """The write of one connection and the read of the next: H' [T, N, E] and X [T, D], or X's norm where one is given,
+    in the dtype of h."""
+    return _implementation(h_TNE, p).write_read(h_TNE, y_TD, p, p_next, input_norm)
 
 
 def group_norm(

@@ -70,6 +70,18 @@ class ConnectionParameters(NamedTuple):
         return slice(self.m, self.m + self.num_carry + self.m)
 
 
+class InputNorm(NamedTuple):
+    """RMSNorm of a sublayer's input over all D channels, x / sqrt(mean x^2 + eps) o weight, for the read to do.
+
+    Attributes:
+        weight_D: the norm's weight itself.
+        eps: added to the mean square.
+    """
+
+    weight_D: Tensor
+    eps: float
+
+
 # The doubly stochastic carry starts within n e^-8 of the identity, and after 20 rounds its rows and columns sum to one
 # as well as training needs (columns, which come last, exactly).
 SINKHORN_KAPPA = 8.0

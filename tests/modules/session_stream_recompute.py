@@ -48,7 +48,8 @@ def trained(case: Case, fused: bool = False):
         ):
             loss = harness.forward_backward(session)
     gradients = {name: p.grad.clone() for name, p in session.parameters()}
-    return loss, gradients, rebuilt.call_count, boundaries.call_count
+    normed = [call.args[-1] is not None for call in boundaries.call_args_list]
+    return loss, gradients, rebuilt.call_count, normed
 
 
 def bitwise(pattern: str, switches: dict, overrides: dict, runs: list) -> dict[str, dict]:
@@ -64,7 +65,8 @@ def bitwise(pattern: str, switches: dict, overrides: dict, runs: list) -> dict[s
             "different": different + ([] if actual_loss == loss else ["loss"]),
             "zero": [name for name, gradient in gradients.items() if not gradient.any()],
             "rebuilt": rebuilt,
-            "boundaries": boundaries,
+            "boundaries": len(boundaries),
+            "all normalise": all(boundaries),
         }
     return report
 

@@ -11,10 +11,10 @@ from megatron_vwn import ops
 from megatron_vwn.ops import composed, recomputed
 
 
-def _write_then_read(h_TNE, y_TD, p, following):
+def _write_then_read(h_TNE, y_TD, p, following, input_norm=None):
     next_TNE = composed.write(h_TNE, y_TD, p)
     # Seen as another tensor, so that the parts of its gradient are added in the order in which they are unfused.
-    return next_TNE, composed.read(next_TNE.view_as(next_TNE), following)
+    return next_TNE, composed.read(next_TNE.view_as(next_TNE), following, input_norm)
 
 
 @contextmanager
@@ -25,6 +25,7 @@ def fused_write_read():
         "write": recomputed.write,
         "write_read": partial(checkpoint, _write_then_read, use_reentrant=False, preserve_rng_state=False),
         "by_kernels": lambda h_TNE, p: True,
+        "normalizes_input": lambda h_TNE, p: True,
     }
     with patch.multiple(ops, **stand_ins):
         yield

@@ -53,6 +53,20 @@ class Case(NamedTuple):
 
 CASES = [Case(m, n, *size) for m, n in PAIRS for size in _OF_EVERY_PAIR]
 CASES += [Case(*pair, *size) for size, pairs in _LARGER.items() for pair in pairs]
+# With the norm of the sublayer's input in the read.
+NORMED_CASES = [
+    Case(1, 1, torch.float32, 129, 32, "tanh, full"),
+    Case(1, 4, torch.float32, 7, 96, "sigmoid, full"),
+    Case(1, 4, torch.float32, 1, 32, "static, identity"),
+    Case(2, 3, torch.float32, 129, 32, "tanh, full"),
+    Case(2, 3, torch.float32, 7, 96, "static, full"),
+    Case(4, 4, torch.float32, 7, 96, "tanh, identity"),
+    Case(4, 16, torch.float32, 7, 96, "tanh, full"),
+    Case(8, 64, torch.float32, 1, 96, "tanh, full"),
+    Case(2, 3, torch.bfloat16, 7, 96, "tanh, full"),
+    Case(4, 16, torch.bfloat16, 7, 96, "sigmoid, identity"),
+    Case(4, 16, torch.float16, 7, 96, "tanh, full"),
+]
 TRAFFIC_PAIRS = [(1, 1), (1, 4), (2, 3), (1, 8), (4, 16), (4, 32), (8, 64)]
 # What needs more tokens than an interpreter can.
 GPU_CASES = CASES + [

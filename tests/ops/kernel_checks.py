@@ -4,7 +4,7 @@ import torch
 from ops.connections import connection, gradients, leaves, state_and_output
 from ops.kernel_cases import SWITCHES, Case
 
-from megatron_vwn.ops import reference
+from megatron_vwn.ops import InputNorm, reference
 from megatron_vwn.ops.kernels import connection as kernels
 from megatron_vwn.ops.kernels.group_norm import group_norm
 
@@ -12,8 +12,18 @@ from megatron_vwn.ops.kernels.group_norm import group_norm
 _TOGETHER = [("drouting", "dscale"), ("dnext routing", "dnext scale")]
 
 
-def check_parity(case: Case, device: str = "cpu") -> dict[str, float]:
-    """Relative errors of outputs and of each gradient by name, for the three operations, as "operation: name"."""
+# As large as the mean square: without it the norm of a single scaled segment has no gradient to compare.
+_NORM_EPS = 1.0
+
+
+def check_parity(case: Case, device: str = "cpu", normed: bool = False) -> dict[str, float]:
+    """Relative errors of outputs and of each gradient by name, for the three operations, as "operation: name".
+
+    Args:
+        case: the stream.
+        device: where to compute.
+        normed: whether the reads normalise what they read.
+    """
     p, q = (
         _moved(connection(case.m, case.n, case.segment, **SWITCHES[case.switches], dtype=case.dtype, seed=seed), device)
         for seed in (0, 9)
@@ -22,15 +32,22 @@ def check_parity(case: Case, device: str = "cpu") -> dict[str, float]:
         t.detach().to(device).requires_grad_() for t in state_and_output(case.tokens, p, case.segment, dtype=case.dtype)
     )
     inputs = {"h": h, "y": y, **leaves(p), **{f"next {name}": leaf for name, leaf in leaves(q).items()}}
+    if normed:
+        generator = torch.Generator().manual_seed(7)
+        weight = 1 + 0.3 * torch.randn(case.m * case.segment, generator=generator, dtype=torch.float64)
+        inputs["input norm"] = weight.to(device, case.dtype).requires_grad_()
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
     exact_p, exact_q = _replaced(p, exact, ""), _replaced(q, exact, "next ")
+    norm, exact_norm = (InputNorm(t["input norm"], _NORM_EPS) if normed else None for t in (inputs, exact))
     between = reference.write(exact["h"], exact["y"], exact_p)
-    out, x = kernels.write_read(h, y, p, q)
+    out, x = kernels.write_read(h, y, p, q, norm)
     operations = {
-        "read": ({"x": kernels.read(h, p)}, {"x": reference.read(exact["h"], exact_p)}),
+        "read": ({"x": kernels.read(h, p, norm)}, {"x": reference.read(exact["h"], exact_p, exact_norm)}),
         "write": ({"h'": kernels.write(h, y, p)}, {"h'": reference.write(exact["h"], exact["y"], exact_p)}),
-        "write_read": ({"h'": out, "x": x}, {"h'": between, "x": reference.read(between, exact_q)}),
+        "write_read": ({"h'": out, "x": x}, {"h'": between, "x": reference.read(between, exact_q, exact_norm)}),
     }
+    if normed:
+        del operations["write"]
     errors = {}
     for operation, (actual, expected) in operations.items():
         compared = {name: (actual[name], expected[name]) for name in actual}
@@ -73,6 +90,9 @@ def check_odd_inputs(device: str = "cpu") -> None:
     empty_h, empty_y = h[:0].clone().requires_grad_(), y[:0].clone().requires_grad_()
     out, x = kernels.write_read(empty_h, empty_y, p, p)
     assert out.shape == (0, 6, 32) and x.shape == (0, 64) and kernels.read(empty_h, p).shape == (0, 64)
+    weight = torch.ones(64, device=device, requires_grad=True)
+    (dweight,) = torch.autograd.grad(kernels.read(empty_h, p, InputNorm(weight, 1e-5)).sum(), [weight])
+    assert dweight.shape == (64,) and not dweight.any()
     dh, drouting = torch.autograd.grad(out.sum() + x.sum(), [empty_h, p.routing_NK])
     assert dh.shape == empty_h.shape and not drouting.any()
 
@@ -90,6 +110,31 @@ def check_odd_inputs(device: str = "cpu") -> None:
     (dy,) = torch.autograd.grad(kernels.write(h, half_y, p).sum(), [half_y])
     assert dy.dtype == torch.bfloat16
     torch.testing.assert_close(kernels.write(h, half_y, p), kernels.write(h, half_y.float(), p), rtol=0, atol=0)
+
+
+def check_saved() -> None:
+    """What is kept for the backward pass, beside parameters: H, Y, and with a norm 4 bytes a token, but no X."""
+    tokens, p = 7, connection(2, 3, 32, dtype=torch.float32)
+    h, y = state_and_output(tokens, p, 32, dtype=torch.float32)
+    norm = InputNorm(torch.ones(64, requires_grad=True), 1e-5)
+    operations = {
+        lambda: kernels.read(h, p): h.nbytes,
+        lambda: kernels.read(h, p, norm): h.nbytes + 4 * tokens,
+        lambda: kernels.write_read(h, y, p, p): h.nbytes + y.nbytes,
+        lambda: kernels.write_read(h, y, p, p, norm): h.nbytes + y.nbytes + 4 * tokens,
+    }
+    ours = {t.untyped_storage().data_ptr() for t in (*leaves(p).values(), norm.weight_D)}
+    for operation, expected in operations.items():
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = operation()
+        assert sum(size for place, size in kept.items() if place not in ours) == expected
+        del result
 
 
 def check_repeats(device: str = "cpu") -> None:

@@ -11,8 +11,8 @@ import traceback
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from ops.kernel_cases import CASES, TOLERANCE, TRAFFIC_PAIRS
-from ops.kernel_checks import check_group_norm, check_odd_inputs, check_parity, check_repeats
+from ops.kernel_cases import CASES, NORMED_CASES, TOLERANCE, TRAFFIC_PAIRS
+from ops.kernel_checks import check_group_norm, check_odd_inputs, check_parity, check_repeats, check_saved
 from ops.kernel_traffic import check_traffic
 
 
@@ -24,12 +24,17 @@ def within(errors, tolerance):
 CHECKS = {
     **{f"parity {case.name}": lambda case=case: within(check_parity(case), TOLERANCE[case.dtype]) for case in CASES},
     **{
+        f"normed parity {case.name}": lambda case=case: within(check_parity(case, normed=True), TOLERANCE[case.dtype])
+        for case in NORMED_CASES
+    },
+    **{
         f"group norm {dtype}": lambda dtype=dtype: within(check_group_norm(dtype), TOLERANCE[dtype])
         for dtype in TOLERANCE
     },
     **{f"traffic ({m},{n})": lambda m=m, n=n: check_traffic(m, n) for m, n in TRAFFIC_PAIRS},
     "odd inputs": check_odd_inputs,
     "repeats": check_repeats,
+    "saved": check_saved,
 }
 
 if __name__ == "__main__":

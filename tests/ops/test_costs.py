@@ -47,6 +47,10 @@ def test_traffic_is_the_sum_of_the_tensors(m, n):
         ("connection", "backward"): [h, dx, dh, dh, h, y, dh, dh, dy],
         ("write_read", "forward"): [h, y, h, x],
         ("write_read", "backward"): [h, y, dx, dh, dh, dy],
+        ("read_normed", "forward"): [h, x],
+        ("read_normed", "backward"): [h, dx, dh, dh],
+        ("write_read_normed", "forward"): [h, y, h, x],
+        ("write_read_normed", "backward"): [h, y, dx, dh, dh, dy],
         ("reduce_norm", "forward"): [h, h],
         ("reduce_norm", "backward"): [h, dh, dh],
     }
@@ -71,6 +75,11 @@ def test_matrix_flops_are_the_sum_of_the_products(m, n, dynamic, mixes):
     assert costs.matrix_flops("connection", "backward", width) == parts[2] + parts[3]
     assert costs.matrix_flops("write_read", "backward", width) == parts[2] + parts[3] + products["write"]
     assert costs.matrix_flops("reduce_norm", "backward", width) == 0
+    x_and_gram = 2 * m * n * e + 2 * n * n * e
+    for op in ("read", "write_read"):
+        assert costs.matrix_flops(f"{op}_normed", "forward", width) == costs.matrix_flops(op, "forward", width)
+        backward = costs.matrix_flops(op, "backward", width)
+        assert costs.matrix_flops(f"{op}_normed", "backward", width) == backward + x_and_gram
 
 
 def test_matrix_flops_of_the_largest_pair():

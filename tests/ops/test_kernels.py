@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.kernel_cases import CASES, GPU_CASES, TOLERANCE, TRAFFIC_PAIRS
+from ops.kernel_cases import CASES, GPU_CASES, NORMED_CASES, TOLERANCE, TRAFFIC_PAIRS
 
 TESTS = Path(__file__).parents[1]
 NAMES = [
     *(f"parity {case.name}" for case in CASES),
+    *(f"normed parity {case.name}" for case in NORMED_CASES),
     *(f"group norm {dtype}" for dtype in TOLERANCE),
     *(f"traffic ({m},{n})" for m, n in TRAFFIC_PAIRS),
     "odd inputs",
     "repeats",
+    "saved",
 ]
 
 
@@ -50,7 +52,10 @@ def test_a_new_number_of_tokens_compiles_nothing():
 
     modules = (read_kernels, write_kernels, write_read_kernels, group_norm)
     kernels = {
-        name: k for module in modules for name, k in vars(module).items() if name.endswith(("_forward", "_backward"))
+        name: k
+        for module in modules
+        for name, k in vars(module).items()
+        if name.endswith(("_forward", "_backward")) and k.fn.__module__ == module.__name__
     }
     assert len(kernels) >= 8
     for name, kernel in kernels.items():
@@ -64,6 +69,15 @@ def test_on_a_gpu(case):
     from ops.kernel_checks import check_parity
 
     errors = check_parity(case, "cuda")
+    assert all(error <= TOLERANCE[case.dtype] for error in errors.values()), errors
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", NORMED_CASES, ids=lambda case: case.name)
+def test_normed_on_a_gpu(case):
+    from ops.kernel_checks import check_parity
+
+    errors = check_parity(case, "cuda", normed=True)
     assert all(error <= TOLERANCE[case.dtype] for error in errors.values()), errors
 
 

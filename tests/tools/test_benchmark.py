@@ -47,7 +47,7 @@ class WrongGradient(Composed):
 class Raises(Composed):
     name = "raises"
 
-    def read(self, h_TNE, p):
+    def read(self, h_TNE, p, input_norm=None):
         raise RuntimeError("out of patience\nand a second line")
 
 
@@ -56,7 +56,7 @@ def use(monkeypatch, *variants):
 
 
 def problem(op="write", dtype=torch.float32, m=2, n=4):
-    return Problem(op, Width(m, n, 32), 9, dtype, torch.device("cpu"))
+    return Problem(op, Width(m, n, 32), 33, dtype, torch.device("cpu"))
 
 
 def test_variants_take_turns_and_rotate_their_buffers():
@@ -199,7 +199,7 @@ def test_equations_of_the_peers(name):
     """Rows and columns of the carry sum to one, so streams that are all alike pass as they are; both layouts agree."""
     peer, this = kernels.variants()[name], problem("connection", m=1, n=4)
     leaves = {k: v.detach().double() for k, v in peer.leaves(this, torch.Generator().manual_seed(0)).items()}
-    same = torch.randn(9, 1, 32, dtype=torch.float64).expand(-1, 4, -1)
+    same = torch.randn(33, 1, 32, dtype=torch.float64).expand(-1, 4, -1)
     x, out = peer.expected(this, {**leaves, "h": peer.stacked(same), "y": torch.zeros_like(leaves["y"])})
     torch.testing.assert_close(peer.unstacked(out), same, atol=1e-3, rtol=0)
     weight = x / same[:, 0]
@@ -274,7 +274,7 @@ def test_results_are_not_replaced_unasked(monkeypatch, tmp_path, capsys):
 
 def test_interrupted(monkeypatch, tmp_path, capsys):
     class Interrupted(Composed):
-        def read(self, h_TNE, p):
+        def read(self, h_TNE, p, input_norm=None):
             raise KeyboardInterrupt
 
     use(monkeypatch, Interrupted())

@@ -9,6 +9,8 @@ import torch
 
 # The largest n whose [n, n] matrices of one token fit in registers beside the tiles.
 MAX_SEGMENTS = 64
+# The largest n whose write_read can normalise X, too: at n = 64 its backward kernel spills registers.
+MAX_NORMED_SEGMENTS = 32
 # Rows that fill a warp's tensor-core instruction twice; fewer would leave warps idle.
 _MIN_ROWS = 32
 _MIN_DOT = 16
@@ -24,6 +26,7 @@ class Geometry:
         segment_size: E.
         dynamic: whether coefficients depend on the token.
         sigmoid: whether the gate is the sigmoid, not tanh.
+        normed: whether the sublayer's input is normalised.
         tokens: tokens of a tile.
         padded_n, padded_m: n and m, rounded up to a power of two.
         rows: R = tokens * padded_n.
@@ -39,6 +42,7 @@ class Geometry:
     segment_size: int
     dynamic: bool
     sigmoid: bool
+    normed: bool
     tokens: int
     padded_n: int
     padded_m: int
@@ -51,7 +55,7 @@ class Geometry:
     @classmethod
     def of(
         cls, *, m: int, n: int, carry: int, segment_size: int, dynamic: bool, sigmoid: bool, dtype: torch.dtype,
-        kernel: str,
+        kernel: str, normed: bool = False,
     ) -> "Geometry":  # fmt: skip
         """The geometry of one kernel, "read_forward" or another, for a stream of some dtype."""
         padded_n, padded_m = _power_of_two(n), _power_of_two(m)
@@ -61,10 +65,13 @@ class Geometry:
         # pipeline needs registers for the offsets of chunks ahead: write_backward has two stages and, because it spills
         # with them where the gate is the sigmoid, one there. write_read_backward, with the most matrices, spills with
         # two, and with chunks of 64 channels where n = 32 or the gate is the sigmoid; write_read_forward with 128.
-        channels = 128 if kernel in ("read_forward", "write_forward") and not wide else 64
+        # Normalising X needs registers, too: read_forward has chunks of 64 channels then, read_backward two stages.
+        channels = 128 if kernel in ("read_forward", "write_forward") and not wide and not normed else 64
         stages = 3
         if kernel == "write_backward":
             stages = 1 if sigmoid else 2
+        elif kernel == "read_backward" and normed:
+            stages = 2
         elif kernel == "write_read_backward":
             channels, stages = 32, 1
         if dtype == torch.float32:
@@ -77,6 +84,7 @@ class Geometry:
             segment_size=segment_size,
             dynamic=dynamic,
             sigmoid=sigmoid,
+            normed=normed,
             tokens=tokens,
             padded_n=padded_n,
             padded_m=padded_m,
@@ -91,7 +99,7 @@ class Geometry:
     def scratch(self) -> int:
         """fp32 elements of scratch memory that a program of ``write_read_backward`` needs."""
         r, s = self.rows, self.backbone_rows
-        return 2 * r * r + 3 * r * s + s * s
+        return 2 * r * r + 3 * r * s + s * s + (2 * r * r + 3 * r * s if self.normed else 0)
 
 
 def _power_of_two(number: int) -> int:

@@ -7,6 +7,7 @@ as in ``ops.kernels.tiles``; w marks the write's parameters, r those of the next
 import triton
 import triton.language as tl
 
+from megatron_vwn.ops.kernels.input_norm import load_gradient, norm_coefficients, normalize, normed_backward
 from megatron_vwn.ops.kernels.tiles import (
     add_backbone_weight,
     add_matrix,
@@ -36,9 +37,9 @@ from megatron_vwn.ops.kernels.write_kernels import next_state, write_logits
 @triton.jit(do_not_specialize=["T"])
 def write_read_forward(
     h_ptr, y_ptr, weight_w_ptr, routing_w_ptr, scale_w_ptr, weight_r_ptr, routing_r_ptr, scale_r_ptr,
-    out_ptr, x_ptr, T, eps, tau, G: tl.constexpr,
+    out_ptr, x_ptr, norm_weight_ptr, inverse_ptr, T, eps, tau, norm_eps, G: tl.constexpr,
 ):  # fmt: skip
-    """H' [T, N, E] and the next X [T, M, E] from H and Y; a program makes one tile."""
+    """H' [T, N, E] and the next X [T, M, E] from H and Y, or X's norm and s [T]; a program makes one tile."""
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     R: tl.constexpr = G.rows
     S: tl.constexpr = G.backbone_rows
@@ -67,18 +68,26 @@ def write_read_forward(
 
     # Other threads of this program stored what is loaded next.
     tl.debug_barrier()
+    if G.normed:
+        x_squares_S = tl.zeros((S,), tl.float32)
     for start in tl.range(0, G.segment_size, B, disable_licm=True):
         out_RB = load_state(out_ptr, first, T, start, G)
         pick_SR = tl.trans(pattern("read", opaque_zero(first, T, start), dtype, G))
         x_SB = dot(pick_SR, out_RB, tl.zeros((S, B), tl.float32))
-        store_backbone(x_ptr, dot(tl.trans(read_RS), out_RB, x_SB), first, T, start, G)
+        x_SB = dot(tl.trans(read_RS), out_RB, x_SB)
+        store_backbone(x_ptr, x_SB, first, T, start, G)
+        if G.normed:
+            x_squares_S += squares(x_SB.to(dtype))
+    if G.normed:
+        normalize(x_ptr, norm_weight_ptr, inverse_ptr, x_squares_S, first, T, norm_eps, G)
 
 
 @triton.jit(do_not_specialize=["T"])
 def write_read_backward(
     h_ptr, y_ptr, dx_ptr, dout_ptr,
     weight_w_ptr, routing_w_ptr, scale_w_ptr, weight_r_ptr, routing_r_ptr, scale_r_ptr,
-    dh_ptr, dy_ptr, dweight_ptr, drouting_ptr, dscale_ptr, scratch_ptr, T, eps, tau, G: tl.constexpr,
+    dh_ptr, dy_ptr, dweight_ptr, drouting_ptr, dscale_ptr, scratch_ptr, norm_weight_ptr, inverse_ptr, dnorm_ptr,
+    T, eps, tau, G: tl.constexpr,
 ):  # fmt: skip
     """dH and dY from dX of the next read and dH' of everything behind it; H' and its whole gradient never in memory.
 
@@ -116,7 +125,12 @@ def write_read_backward(
     DWRITE: tl.constexpr = LOGITS_WRITE + R * S
     H_W: tl.constexpr = DWRITE + R * S
     W_Y: tl.constexpr = H_W + R * S
-    scratch_ptr += program * (W_Y + S * S)
+    GRAM: tl.constexpr = W_Y + S * S
+    H_OUT: tl.constexpr = GRAM + R * R
+    OUT_Y: tl.constexpr = H_OUT + R * R
+    H_DX: tl.constexpr = OUT_Y + R * S
+    DREAD: tl.constexpr = H_DX + R * S
+    scratch_ptr += program * (DREAD + R * S if G.normed else GRAM)
 
     for tile in tl.range(program, tl.cdiv(T, G.tokens), tl.num_programs(0), disable_licm=True, num_stages=1):
         first = tile * G.tokens
@@ -172,10 +186,12 @@ def write_read_backward(
         dx_y_SS = tl.zeros((S, S), tl.float32)
         h_out_RR = tl.zeros((R, R), tl.float32)
         h_dx_RS = tl.zeros((R, S), tl.float32)
+        if G.normed:
+            gram_RR = tl.zeros((R, R), tl.float32)
         for start in tl.range(0, E, B, disable_licm=True):
             h_RB = load_state(h_ptr, first, T, start, G)
             y_SB = load_backbone(y_ptr, first, T, start, G).to(dtype)
-            dx_SB = load_backbone(dx_ptr, first, T, start, G)
+            dx_SB = load_gradient(dx_ptr, norm_weight_ptr, first, T, start, G)
             out_RB = next_state(h_RB, y_SB, carry_RR, write_RS, opaque_zero(first, T, start), G).to(dtype)
             dread_RS = dot(out_RB, tl.trans(dx_SB), dread_RS)
             dx_y_SS = dot(dx_SB, tl.trans(y_SB), dx_y_SS)
@@ -184,20 +200,63 @@ def write_read_backward(
             if G.dynamic:
                 squares_R += squares(out_RB)
                 logits_RS = dot(out_RB, tl.trans(read_weight(weight_r_ptr, first, T, start, G)), logits_RS)
+            if G.dynamic or G.normed:
                 out_y_RS = dot(out_RB, tl.trans(y_SB), out_y_RS)
                 if G.carry:
                     h_out_RR = dot(h_RB, tl.trans(out_RB), h_out_RR)
+            if G.normed:
+                gram_RR = dot(out_RB, tl.trans(out_RB), gram_RR)
 
         # Gradients of the read's coefficients, and what they add to those of the write's.
         tl.debug_barrier()
         zero = opaque_zero(first, T, 1)
+        if G.normed:
+            keep_matrix(scratch_ptr + GRAM, gram_RR, zero)
+            tl.debug_barrier()
+            zero = opaque_zero(first, T, 4)
+            if G.carry:
+                keep_matrix(scratch_ptr + H_OUT, h_out_RR, zero)
+            tl.debug_barrier()
+            zero = opaque_zero(first, T, 5)
+            if G.carry:
+                keep_matrix(scratch_ptr + H_DX, h_dx_RS, zero)
+            keep_matrix(scratch_ptr + OUT_Y, out_y_RS, zero)
+            keep_matrix(scratch_ptr + DREAD, dread_RS, zero)
+            tl.debug_barrier()
+            zero = opaque_zero(first, T, 6)
         norm_r_R = tl.rsqrt(squares_R / E + eps)
         logits_RS *= (norm_r_R * tau)[:, None]
         read_RS = deviation(logits_RS, "read", routing_r_ptr, scale_r_ptr, zero, G)
         whole_RS = read_RS + pattern("read", zero, tl.float32, G)
         read_RS = read_RS.to(dtype)
-        dwrite_RS = kept_matrix(scratch_ptr + DWRITE, R, S, zero)
-        dwrite_RS = dot_coefficients(whole_RS, keep_tokens(dx_y_SS, zero, G), dwrite_RS, dtype)
+        if G.normed:
+            # From u to dX, term by term; a zero for each, so that no two keep their addresses at a time.
+            dread_RS = kept_matrix(scratch_ptr + DREAD, R, S, zero)
+            inverse, k = norm_coefficients(inverse_ptr, dread_RS, whole_RS, first, T, zero, G)
+            tl.debug_barrier()
+            zero = opaque_zero(first, T, 7)
+            x_RS = dot_coefficients(
+                kept_matrix(scratch_ptr + GRAM, R, R, zero), whole_RS, tl.zeros((R, S), tl.float32), dtype
+            )
+            dread_RS = inverse * kept_matrix(scratch_ptr + DREAD, R, S, zero) - k * x_RS
+            tl.debug_barrier()
+            zero = opaque_zero(first, T, 8)
+            out_y_RS = kept_matrix(scratch_ptr + OUT_Y, R, S, zero)
+            x_y_SS = dot_coefficients(tl.trans(whole_RS), out_y_RS, tl.zeros((S, S), tl.float32), dtype)
+            dwrite_RS = kept_matrix(scratch_ptr + DWRITE, R, S, zero)
+            dwrite_RS = dot_coefficients(inverse * whole_RS, keep_tokens(dx_y_SS, zero, G), dwrite_RS, dtype)
+            dwrite_RS = dot_coefficients(-k * whole_RS, keep_tokens(x_y_SS, zero, G), dwrite_RS, dtype)
+            tl.debug_barrier()
+            zero = opaque_zero(first, T, 9)
+            if G.carry:
+                h_dx_RS = kept_matrix(scratch_ptr + H_DX, R, S, zero) * inverse
+                h_out_RR = kept_matrix(scratch_ptr + H_OUT, R, R, zero)
+                h_dx_RS = dot_coefficients(h_out_RR, -k * whole_RS, h_dx_RS, dtype)
+            s_f_RS = (inverse * whole_RS).to(dtype)
+            k_f_RS = (k / inverse * whole_RS).to(dtype)
+        else:
+            dwrite_RS = kept_matrix(scratch_ptr + DWRITE, R, S, zero)
+            dwrite_RS = dot_coefficients(whole_RS, keep_tokens(dx_y_SS, zero, G), dwrite_RS, dtype)
         if G.carry:
             dcarry_RR = dot_coefficients(h_dx_RS, tl.trans(whole_RS), tl.zeros((R, R), tl.float32), dtype)
         if G.dynamic:
@@ -213,6 +272,9 @@ def write_read_backward(
             dwrite_RS += shrink_r_R[:, None] * out_y_RS
             if G.carry:
                 h_w_RS = kept_matrix(scratch_ptr + H_W, R, S, zero)
+                if G.normed:
+                    tl.debug_barrier()
+                    h_out_RR = kept_matrix(scratch_ptr + H_OUT, R, R, zero)
                 dcarry_RR = dot_coefficients(h_w_RS, tl.trans(dz_RS), dcarry_RR, dtype) + h_out_RR * shrink_r_R[None, :]
             dz_r_RS = dz_RS.to(dtype)
         else:
@@ -230,6 +292,8 @@ def write_read_backward(
             )
             add_matrix(drouting_ptr + BEFORE_WRITE, drouting_RS, zero)
             add_matrix(dscale_ptr + BEFORE_WRITE, dscale_RS, zero)
+            if G.normed:
+                write_RS = deviation(logits_RS, "write", routing_w_ptr, scale_w_ptr, zero, G).to(dtype)
             shrink_w_R = -tl.sum(dlogits_RS * logits_RS, axis=1) * norm_w_R * norm_w_R / E
             dz_w_RS = (dlogits_RS * (norm_w_R * tau)[:, None]).to(dtype)
         else:
@@ -247,6 +311,8 @@ def write_read_backward(
                 )
                 add_matrix(drouting_ptr, drouting_RR, zero)
                 add_matrix(dscale_ptr, dscale_RR, zero)
+                if G.normed:
+                    carry_RR = deviation(logits_RR, "carry", routing_w_ptr, scale_w_ptr, zero, G).to(dtype)
                 shrink_w_R -= tl.sum(dlogits_RR * logits_RR, axis=1) * norm_w_R * norm_w_R / E
                 dz_RR = (dlogits_RR * (norm_w_R * tau)[:, None]).to(dtype)
             else:
@@ -254,14 +320,24 @@ def write_read_backward(
 
         # All gradients of the stream and of W.
         for start in tl.range(0, E, B, disable_licm=True):
-            dx_SB = load_backbone(dx_ptr, first, T, start, G)
-            g_RB = load_state(dout_ptr, first, T, start, G).to(tl.float32)
-            g_RB = dot(pattern("read", opaque_zero(first, T, start), dtype, G), dx_SB, g_RB)
-            g_RB = dot(read_RS, dx_SB, g_RB)
-            h_RB = load_state(h_ptr, first, T, start, G)
-            if G.dynamic:
+            if G.normed:
+                h_RB = load_state(h_ptr, first, T, start, G)
                 y_SB = load_backbone(y_ptr, first, T, start, G).to(dtype)
                 out_RB = next_state(h_RB, y_SB, carry_RR, write_RS, opaque_zero(first, T, start), G).to(dtype)
+                g_RB = normed_backward(
+                    dx_ptr, norm_weight_ptr, dnorm_ptr, program * G.m, out_RB, s_f_RS, k_f_RS, first, T, start, G
+                )
+                g_RB += load_state(dout_ptr, first, T, start, G).to(tl.float32)
+            else:
+                dx_SB = load_backbone(dx_ptr, first, T, start, G)
+                g_RB = load_state(dout_ptr, first, T, start, G).to(tl.float32)
+                g_RB = dot(pattern("read", opaque_zero(first, T, start), dtype, G), dx_SB, g_RB)
+                g_RB = dot(read_RS, dx_SB, g_RB)
+                h_RB = load_state(h_ptr, first, T, start, G)
+            if G.dynamic:
+                if not G.normed:
+                    y_SB = load_backbone(y_ptr, first, T, start, G).to(dtype)
+                    out_RB = next_state(h_RB, y_SB, carry_RR, write_RS, opaque_zero(first, T, start), G).to(dtype)
                 g_RB = dot(dz_r_RS, read_weight(weight_r_ptr, first, T, start, G), g_RB)
                 g_RB += shrink_r_R[:, None] * out_RB.to(tl.float32)
                 dw_SB = dot(tl.trans(dz_r_RS), out_RB, tl.zeros((S, B), tl.float32))
