@@ -162,14 +162,14 @@ class Trainer:
             self.optimizer = get_megatron_optimizer(
                 config, [self.model], overrides, use_gloo_process_groups=False, pg_collection=collection
             )
-        self._finish = partial(finalize_model_grads, [self.model], pg_collection=collection)
+        self.model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=collection)
 
     def step(self, loss_of) -> None:
         """One optimizer step on the loss (a scalar) that ``loss_of(model)`` returns."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_of(self.model).backward()
-        self._finish()
+        self.model.config.finalize_model_grads_func([self.model])
         self.optimizer.step()
 
 

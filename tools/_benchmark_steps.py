@@ -4,9 +4,12 @@ Before anything is timed, every wide model must agree twice: fresh, with the ord
 computes; and with perturbed connections, with the same layers around the paper's equations (``ops.reference``).
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from tempfile import TemporaryDirectory
 
 import torch
 from megatron_vwn_tools import _benchmark_machine as machine
@@ -16,12 +19,17 @@ from megatron_vwn_tools import _benchmark_report as report
 from megatron_vwn_tools._benchmark_models import Description
 from megatron_vwn_tools._benchmark_timing import Timed, interleave
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops import costs
+from megatron_vwn.training.monitoring import Monitor
+from megatron_vwn.training.monitoring_report import Report
 
-BASELINE = "baseline"
+BASELINE, WIDE = "baseline", "VWN"
+# Of --vwn-log-interval, over which the cost of one monitored step is spread.
+INTERVAL = 100
 # Norm of the difference over norm, per output and per gradient; in bf16 each of a layer's products rounds anew.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -54,7 +62,7 @@ def candidates(flags: Sequence[str], width: Sequence[str], blocks: Sequence[int]
         blocks: values of --vwn-recompute-block.
         gpu: whether there is one.
     """
-    found = [Candidate(BASELINE, ()), Candidate("VWN", tuple(width))]
+    found = [Candidate(BASELINE, ()), Candidate(WIDE, tuple(width))]
     found += [
         Candidate(f"VWN, recompute block {k}", (*width, "--vwn-recompute-block", str(k)))
         for k in blocks
@@ -246,16 +254,24 @@ def run(
         results[candidate.name] |= {"status": "measured"}
         results[candidate.name] |= {"kept_bytes": found_memory.kept, "peak_bytes": found_memory.peak}
     say("timing " + ", ".join(candidate.name for candidate in agreed))
-    steps = {candidate.name: Timed(_step(task, candidate)) for candidate in agreed}
-    clock = machine.make_clock(device, cold=False, hide_launches=False)
-    for name, seconds in interleave(steps, clock, sets=1, warmup=warmup, rounds=rounds).items():
-        results[name]["seconds"] = vars(seconds)
+    with TemporaryDirectory() as events:
+        steps = {}
+        for candidate in agreed:
+            steps |= _steps(task, candidate, events)
+        clock = machine.make_clock(device, cold=False, hide_launches=False)
+        seconds = interleave(steps, clock, sets=1, warmup=warmup, rounds=rounds)
+    for candidate in agreed:
+        results[candidate.name]["seconds"] = vars(seconds[candidate.name])
+        if (monitored := seconds.get(_monitored(candidate))) is not None:
+            added = monitored.median / seconds[candidate.name].median - 1
+            results[candidate.name] |= {"monitored_seconds": vars(monitored), "monitoring": added / INTERVAL}
     _compare(results, agreed, task, bandwidth)
     return list(results.values())
 
 
-def _step(task, candidate: Candidate) -> Callable[[int], None]:
-    """Forward and backward of layers; of a model also the optimizer's step, with Megatron's wrapper."""
+def _steps(task, candidate: Candidate, events: str) -> dict[str, Timed]:
+    """Forward and backward of layers; of a model also the optimizer's step, with Megatron's wrapper, and of the wide
+    one the same step where --vwn-log-interval takes and writes its statistics."""
     model = candidate.model
     if task.only_layers:
 
@@ -263,9 +279,22 @@ def _step(task, candidate: Candidate) -> Callable[[int], None]:
             model.zero_grad(set_to_none=True)
             task.backward(model, task.forward(model))
 
-        return step
+        return {candidate.name: Timed(step)}
     trainer = models.Trainer(candidate.description, model)
-    return lambda _: trainer.step(task.forward)
+    found = {candidate.name: Timed(lambda _: trainer.step(task.forward))}
+    if candidate.name != WIDE:
+        return found
+    width = replace(candidate.description.virtual_width, log_interval=1)
+    writer, iteration = SummaryWriter(events), itertools.count(1)
+    report = Report(width, tensorboard=lambda: writer, wandb=lambda: None, say=lambda line: None)
+    # The forward step asks once for its iteration; every one is another.
+    monitor = Monitor(width, iteration=lambda: next(iteration), report=report.here)
+    watched = monitor.watch(lambda _, chunk: task.forward(chunk))
+    return found | {_monitored(candidate): Timed(lambda _: trainer.step(partial(watched, None)))}
+
+
+def _monitored(candidate: Candidate) -> str:
+    return f"{candidate.name}, monitored"
 
 
 def _memory(task, model, device: torch.device) -> memory.Footprint:
@@ -320,6 +349,8 @@ def table_rows(results: Iterable[dict]) -> list[list[str]]:
             cells[3] = f"{100 * result['overhead']:+.1f} %"
             cells[7] = f"{1e3 * result['floor_seconds']:.2f}"
             cells[8] = f"adds {result['added_over_floor']:.1f} x its traffic floor"
+        if "monitoring" in result:
+            cells[8] += f"; --vwn-log-interval {INTERVAL} adds {100 * result['monitoring']:.2f} %"
         if "flop_rate" in result:
             cells[4] = f"{result['flop_rate'] / 1e12:.3g}"
         cells[5] = f"{result['kept_bytes'] / 2**20:.1f}"

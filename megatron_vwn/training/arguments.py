@@ -112,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--vwn-log-interval",
         type=int,
         metavar="K",
-        help="Every K steps write how the connections route, how many segments carry the stream, how far back sublayers "
-        "read and what gradients arrive, to --tensorboard-dir or --wandb-project (default: never).",
+        help="Every K steps write how the connections route, how many segments carry the stream, how far back "
+        "sublayers read and what gradients arrive, to --tensorboard-dir or --wandb-project (default: never).",
     )
     return parser
 

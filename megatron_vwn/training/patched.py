@@ -54,6 +54,11 @@ def parse_and_validate_args(
                 "--dataloader-type external needs the data of megatron_vwn.training.pretrain: start that, or choose "
                 "single or cyclic."
             )
+        if virtual_width.log_interval is not None:
+            raise VirtualWidthError(
+                "--vwn-log-interval observes the forward step of megatron_vwn.training.pretrain: start that, or drop "
+                "the flag."
+            )
         set_global_variables(args)
         if virtual_width.ngrams:
             virtual_width = replace(virtual_width, document_end=get_tokenizer().eod)

@@ -26,9 +26,12 @@ from megatron_vwn.training import wheel_fixes
 from megatron_vwn.training.arguments import add_arguments, record_virtual_width, virtual_width_from_args
 from megatron_vwn.training.data import forward_step, train_valid_test_datasets_provider
 from megatron_vwn.training.data_checks import check_data, check_vocabulary, data_prefixes
+from megatron_vwn.training.folder_checks import check_folders
 from megatron_vwn.training.kernel_choice import describe_kernels
 from megatron_vwn.training.machine_flags import complete_command_line, describe, needed_flags
 from megatron_vwn.training.model_config import VirtualWidthModelConfig, model_config_from_args
+from megatron_vwn.training.monitoring import monitored
+from megatron_vwn.training.monitoring_report import check_monitoring
 from megatron_vwn.training.refusals import refuse_unsupported, refuse_yaml
 from megatron_vwn.training.resume import refuse_other_model
 
@@ -102,9 +105,11 @@ def prepare(argv: Sequence[str], *, gpu: bool) -> tuple[argparse.Namespace, Virt
         start = refuse_other_model(args, virtual_width, complete=True)
     with quoting_megatron():
         refuse_unsupported(args, virtual_width)
+        check_monitoring(args, virtual_width)
     if virtual_width is not None:
         kernels = describe_kernels(args, virtual_width, gpu=gpu)
     if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
+        check_folders(args)
         check_data(args)
     with quoting_megatron():
         validate_args(args)
@@ -140,12 +145,14 @@ def describe_virtual_width(args: argparse.Namespace, virtual_width: VirtualWidth
     if virtual_width.ngrams:
         lengths = " and ".join(map(str, virtual_width.ngrams))
         ngrams = f" with n-grams of {lengths} tokens in {virtual_width.ngram_vocab:,} rows each"
+    block = virtual_width.recompute_block
+    recompute = "" if block is None else f", state of one in {block} sublayers kept"
     return (
         f"virtual width {float(virtual_width.expansion):g}x: {virtual_width.n} segments of "
         f"{virtual_width.segment_size(args.hidden_size)} channels around a backbone of {args.hidden_size}; "
         f"{virtual_width.connection} {virtual_width.gate} connections, {virtual_width.carry} carry, "
         f"{virtual_width.embedding} embedding{ngrams}, "
-        f"{'' if virtual_width.reduce_norm else 'no '}norm before the reduction, {partition} partition"
+        f"{'' if virtual_width.reduce_norm else 'no '}norm before the reduction, {partition} partition{recompute}"
     )
 
 
@@ -156,7 +163,7 @@ def _train(args: argparse.Namespace, virtual_width: VirtualWidthConfig | None) -
         pretrain_cfg_container_from_args(args, model),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
-        forward_step,
+        monitored(forward_step, virtual_width),
         **pipeline_arguments(args, model),
     )
 

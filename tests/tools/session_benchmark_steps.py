@@ -54,6 +54,9 @@ def models() -> None:
     assert list(rows) == ["baseline", "VWN", "VWN, recompute block 3"]
     for row in rows.values():
         check_measured(row)
+    wide, monitored = rows["VWN"], rows["VWN"]["monitored_seconds"]
+    assert monitored["samples"] == 2 and "monitoring" not in rows["baseline"]
+    assert abs(wide["monitoring"] - (monitored["median"] / wide["seconds"]["median"] - 1) / 100) < 1e-12
 
 
 def wrong_models() -> None:

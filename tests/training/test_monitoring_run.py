@@ -1,0 +1,116 @@
+"""The event files of a real run in two pipeline stages, and the same run without monitoring."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+STEPS, INTERVAL = 6, 3
+FLAGS = f"""
+    --hybrid-layer-pattern *-|*-/*- --pipeline-model-parallel-size 2
+    --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48
+    --seq-length 16 --max-position-embeddings 16 --position-embedding-type rope --normalization RMSNorm
+    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0.1 --attention-dropout 0.1
+    --vwn-m 2 --vwn-n 6 --micro-batch-size 1 --global-batch-size 4 --train-iters {STEPS} --lr 1e-3
+    --lr-decay-style constant --eval-iters 1 --eval-interval 2 --mock-data --tokenizer-type NullTokenizer
+    --vocab-size 127 --log-interval 1 --tensorboard-log-interval 1
+"""
+PER_CONNECTION = [
+    "effective_segments",
+    "independent_segments",
+    "segment_norm_max",
+    "segment_norm_min",
+    "dynamic_share",
+    "gate_saturation",
+    "read_spread",
+    "carry_spread",
+    "write_spread",
+    "carry_kept",
+    "carry_mixed",
+    "carry_gain_forward_max",
+    "carry_gain_backward_max",
+    "carry_gain_mean",
+    "connection_gradient_norm",
+    "depth_window",
+]
+KINDS = ["all", "routing", "scale", "weight", "norm", "expand", "reduce", "fusion"]
+IMAGES = [
+    "routing",
+    "routing_static",
+    "routing_spread",
+    "segment_norms",
+    "depth_receptive_field",
+    "depth_receptive_field_mtp_1",
+]
+HISTOGRAMS = ["read_coefficients", "carry_coefficients", "write_coefficients", "segment_norms"]
+PLACES = ["layer_001", "layer_002", "layer_003", "layer_004", "mtp_1_layer_001", "mtp_1_layer_002"]
+WITHOUT_WINDOW = "layer_001", "mtp_1_layer_001"
+
+
+def start(folder, *further):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), "--tensorboard-dir", folder, *further],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Events of the monitored run and of the other, trained at the same time."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("monitored", "plain")]
+    started = [start(folders[0], "--vwn-log-interval", str(INTERVAL)), start(folders[1])]
+    for process in started:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-6000:]
+    everything = {"scalars": 0, "images": 0, "histograms": 0}
+    return [EventAccumulator(str(folder), size_guidance=everything).Reload() for folder in folders]
+
+
+def ours(tags):
+    return {tag for tag in tags if tag.startswith(("vwn/", "vwn_layers/", "custom_scalars"))}
+
+
+def test_every_tag_once_per_interval(runs):
+    events, plain = runs
+    summaries = {f"vwn/{name}/{of}" for name in PER_CONNECTION for of in ("mean", "min", "max")}
+    kinds = {f"vwn/gradient_norm/{kind}" for kind in KINDS}
+    layers = {f"vwn_layers/{name}/{place}" for name in PER_CONNECTION for place in PLACES}
+    layers -= {f"vwn_layers/depth_window/{place}" for place in WITHOUT_WINDOW}
+    tags = events.Tags()
+    assert ours(tags["scalars"]) == summaries | kinds | layers
+    assert ours(tags["images"]) == {f"vwn/{name}" for name in IMAGES}
+    assert ours(tags["histograms"]) == {f"vwn_layers/{name}/{place}" for name in HISTOGRAMS for place in PLACES}
+    steps = list(range(INTERVAL, STEPS + 1, INTERVAL))
+    for read, kind in ((events.Scalars, "scalars"), (events.Images, "images"), (events.Histograms, "histograms")):
+        assert all([event.step for event in read(tag)] == steps for tag in ours(tags[kind])), kind
+    assert ours(tags["tensors"]) == {"custom_scalars__config__"}
+    assert not any(ours(of_kind) for of_kind in plain.Tags().values() if isinstance(of_kind, list))
+
+
+def test_values_are_alive(runs):
+    events, _ = runs
+    last = {tag: events.Scalars(tag)[-1].value for tag in ours(events.Tags()["scalars"])}
+    # Every stage, and both of its neighbours in the carry product, have their part; after six steps little has moved.
+    for place in PLACES:
+        assert 1 < last[f"vwn_layers/effective_segments/{place}"] <= 6
+        assert 0 < last[f"vwn_layers/dynamic_share/{place}"] < 0.1
+        assert 0 < last[f"vwn_layers/connection_gradient_norm/{place}"] < last["vwn/gradient_norm/all"]
+        assert 1 < last[f"vwn_layers/carry_gain_forward_max/{place}"] < 1.5
+    gains = [last[f"vwn_layers/carry_gain_forward_max/layer_00{i}"] for i in (4, 3, 2, 1)]
+    assert gains == sorted(gains) and len(set(gains)) == 4, gains
+    assert last["vwn_layers/depth_window/layer_002"] == 1
+    assert 1.9 < last["vwn_layers/depth_window/layer_004"] < 2.1  # still about (1 + 2 + 3) / 3
+    # Megatron's own norm of all gradients, before clipping, of the same step.
+    assert last["vwn/gradient_norm/all"] < events.Scalars("grad-norm")[-1].value
+
+
+def test_training_is_the_same_to_the_bit(runs):
+    for tag in ("lm loss", "mtp_1 loss", "grad-norm", "lm loss validation"):
+        monitored, plain = ([event.value for event in run.Scalars(tag)] for run in runs)
+        assert monitored == plain and len(plain) >= STEPS // 2, tag
