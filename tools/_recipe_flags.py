@@ -38,9 +38,12 @@ class _AsWritten(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
 
-_AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true$|false$|True$|False$"), list("tfTF"))
-_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("null$|~$|$"), ["n", "~", ""])
+_AsWritten.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tfTF")
+)
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(null|Null|NULL|~|)$"), ["n", "N", "~", ""])
 _AsWritten.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("-?[1-9][0-9]*$|0$"), list("-0123456789"))
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("<<$"), ["<"])
 
 
 def read_yaml(text: str) -> object:

@@ -12,14 +12,9 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron_vwn.config import VirtualWidthError
 
-_WRITTEN = (
-    "save",
-    "non_persistent_global_ckpt_dir",
-    "tensorboard_dir",
-    "data_cache_path",
-    "wandb_save_dir",
-    "logits_save_dir",
-)
+_WRITTEN = ("save", "non_persistent_global_ckpt_dir", "logits_save_dir")
+# By the last rank alone, or only where a data set has no index yet; other nodes need no more than a folder there.
+_WRITTEN_ELSEWHERE = ("tensorboard_dir", "wandb_save_dir", "data_cache_path")
 _READ = ("load", "pretrained_checkpoint")
 
 
@@ -32,7 +27,7 @@ def check_folders(args: argparse.Namespace) -> None:
     Raises:
         VirtualWidthError: the first fault.
     """
-    for name in (*_WRITTEN, *_READ):
+    for name in (*_WRITTEN, *_WRITTEN_ELSEWHERE, *_READ):
         path = getattr(args, name, None)
         if not path or is_object_storage_path(path):
             continue

@@ -20,8 +20,9 @@ def _compute_capability(recipe: Fp8Recipe) -> tuple[int, int]:
 
 def _no_gpu_for(recipe: Fp8Recipe) -> Callable[[Args], bool]:
     def applies(args: Args) -> bool:
-        too_old = torch.cuda.get_device_capability() < _compute_capability(recipe)
-        return bool(args.fp8) and args.fp8_recipe == recipe and too_old
+        if not args.fp8 or args.fp8_recipe != recipe:
+            return False
+        return torch.cuda.get_device_capability() < _compute_capability(recipe)
 
     return applies
 

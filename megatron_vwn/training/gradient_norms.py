@@ -40,7 +40,7 @@ def squared_norms(
     Returns:
         [connections, len(OF_CONNECTIONS)] and [len(OF_MODULES)], fp64 on the device.
     """
-    device = next(chunks[0].parameters()).device
+    device = torch.cuda.current_device()
     row = {id(connection): number for number, connection in enumerate(connections.values())}
     by_connection = torch.zeros(len(row), len(OF_CONNECTIONS), dtype=torch.float64, device=device)
     by_module = torch.zeros(len(OF_MODULES), dtype=torch.float64, device=device)
@@ -51,7 +51,8 @@ def squared_norms(
         for module, name, parameter in _parameters(chunk):
             if not param_is_not_tensor_parallel_duplicate(parameter, groups.tp):
                 continue
-            square = share_of(parameter).square().sum(dtype=torch.float64)
+            # In fp64 from the first: a scaled gradient in fp16 has a square that fp16 has not.
+            square = torch.linalg.vector_norm(share_of(parameter), dtype=torch.float64).square()
             if isinstance(module, Connection):
                 by_connection[row[id(module)], OF_CONNECTIONS.index(name)] += square
             else:

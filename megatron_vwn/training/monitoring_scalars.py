@@ -110,8 +110,10 @@ def scalars(snapshot: Snapshot, values: dict[str, dict[Place, float]]) -> dict[s
     for name, of_place in values.items():
         trunk = [value for place, value in of_place.items() if not place.depth]
         if trunk:
+            if not all(map(math.isfinite, trunk)):  # the least and largest of which depend on the order
+                trunk = [math.nan]
             found |= {
-                f"vwn/{name}/mean": math.fsum(trunk) / len(trunk) if all(map(math.isfinite, trunk)) else math.nan,
+                f"vwn/{name}/mean": math.fsum(trunk) / len(trunk),
                 f"vwn/{name}/min": min(trunk),
                 f"vwn/{name}/max": max(trunk),
             }

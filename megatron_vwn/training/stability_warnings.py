@@ -1,5 +1,7 @@
 """One line when a virtual width goes wrong in a way that its loss shows late: what happens, and what to try."""
 
+import math
+
 from megatron_vwn.training.snapshot import Place, Snapshot
 
 # Of the n - 1 segments beyond the first, the least share that has to carry energy: below a tenth the stream is one
@@ -28,6 +30,14 @@ class StabilityWarnings:
             snapshot: of one step.
             values: ``monitoring_scalars.per_connection`` of it.
         """
+        lost = [p for p, gain in values["carry_gain_forward_max"].items() if not math.isfinite(gain)]
+        lost += [p for p, segments in values["effective_segments"].items() if not math.isfinite(segments)]
+        if lost:  # which no threshold would notice
+            text = (
+                f"the stream before {_spoken(min(lost))}, or a carry behind it, is not finite; "
+                "go back to a checkpoint before, with a lower --lr or --clip-grad"
+            )
+            return self._new(snapshot, {"not finite": text})
         found = {}
         place, segments = _first(values["effective_segments"], min)
         n = next(iter(snapshot.connections.values())).n
@@ -43,6 +53,9 @@ class StabilityWarnings:
                 f"the carry from {_spoken(place)} to the end amplifies {gain:.1f} times (threshold {CARRY_GAIN:g}); "
                 f"start again with {self._another_carry()}a lower --lr or a longer --lr-warmup-iters"
             )
+        return self._new(snapshot, found)
+
+    def _new(self, snapshot: Snapshot, found: dict[str, str]) -> list[str]:
         lines = [
             f"warning at iteration {snapshot.iteration}: {text}"
             for condition, text in found.items()

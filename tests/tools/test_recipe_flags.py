@@ -35,6 +35,13 @@ def test_words_of_yaml_are_words_to_flags_only():
     assert parse_overrides([], flags) == {"a": "true", "b": "null", "c": "[1, 2]", "d": True}
 
 
+def test_words_of_yaml_in_a_file():
+    text = "{a: TRUE, b: False, c: NULL, d: ~, e: on, base: &x {f: 1}, g: {<<: *x, h: 2}}"
+    assert read_yaml(text) == {
+        "a": True, "b": False, "c": None, "d": None, "e": "on", "base": {"f": 1}, "g": {"f": 1, "h": 2},
+    }  # fmt: skip
+
+
 def test_several_values():
     assert parse_overrides(["layers=[[1, '*-'], [010, x]]"]) == {"layers": [[1, "*-"], ["010", "x"]]}
     values = parse_overrides([], ["--data-path", "0.30", "a", "0.70", "b", "--x"])

@@ -170,6 +170,11 @@ def test_warnings_are_said_once_and_say_what_to_try(capsys):
     assert "iteration 300: the carry from layer 1 to the end amplifies 25.6 times (threshold 16)" in said[1]
     for line in said:
         assert "--vwn-carry doubly-stochastic or identity, a lower --lr" in line
+    for lost in ({"mean": carrying(float("nan"))}, {"energy": torch.full((4,), float("inf"), dtype=torch.float64)}):
+        told, _ = report()
+        told.write(snapshot(**lost))
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "is not finite; go back to a checkpoint before" in line
     told, _ = report(VirtualWidthConfig(m=2, n=4, carry="identity"))
     told.write(snapshot(energy=collapsed))
     assert "start again with a lower --lr" in capsys.readouterr().out
