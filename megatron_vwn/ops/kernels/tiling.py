@@ -65,7 +65,8 @@ class Geometry:
         # pipeline needs registers for the offsets of chunks ahead: write_backward has two stages and, because it spills
         # with them where the gate is the sigmoid, one there. write_read_backward, with the most matrices, spills with
         # two, and with chunks of 64 channels where n = 32 or the gate is the sigmoid; write_read_forward with 128.
-        # Normalising X needs registers, too: read_forward has chunks of 64 channels then, read_backward two stages.
+        # Normalising X needs registers, too: read_forward has chunks of 64 channels then, read_backward two stages, and
+        # write_read_backward chunks of 16 where (4, 16) at D = 4096 would spill three words.
         channels = 128 if kernel in ("read_forward", "write_forward") and not wide and not normed else 64
         stages = 3
         if kernel == "write_backward":
@@ -73,7 +74,7 @@ class Geometry:
         elif kernel == "read_backward" and normed:
             stages = 2
         elif kernel == "write_read_backward":
-            channels, stages = 32, 1
+            channels, stages = 16 if normed and padded_m > 2 and segment_size > 512 else 32, 1
         if dtype == torch.float32:
             channels //= 2
         tokens = rows // padded_n
