@@ -8,7 +8,10 @@ import torch
 from megatron.core.enums import Fp8Recipe
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.utils import is_te_min_version
+
+from megatron_vwn.training.layer_rules import pattern_of
 
 Args = argparse.Namespace
 
@@ -74,6 +77,11 @@ def _width_that_does_not_divide(args: Args) -> bool:
     return any(width and width // ranks % _alignment(args) for width, ranks in widths)
 
 
+def _recomputes_further_predictions_with_histories(args: Args) -> bool:
+    delayed = args.fp8 and args.fp8_recipe == Fp8Recipe.delayed
+    return delayed and args.recompute_granularity == "full" and Symbols.MTP_SEPARATOR in pattern_of(args)
+
+
 # Whether a rule applies to parsed (not yet validated) flags, and the sentence that is then printed.
 FP8_RULES: tuple[tuple[Callable[[Args], object], str], ...] = (
     (
@@ -102,6 +110,12 @@ FP8_RULES: tuple[tuple[Callable[[Args], object], str], ...] = (
         lambda args: args.fp8 and args.fp8_recipe == Fp8Recipe.delayed and args.first_last_layers_bf16,
         "--fp8-recipe delayed cannot leave layers out: drop --first-last-layers-bf16 or choose --fp8-recipe tensorwise "
         "or blockwise.",
+    ),
+    (
+        _recomputes_further_predictions_with_histories,
+        "--fp8-recipe delayed with --recompute-granularity full and further predictions (/ in the pattern) gets other "
+        "gradients than without recompute, in Megatron itself: choose --fp8-recipe tensorwise or blockwise, or drop "
+        "the recompute.",
     ),
     # The ends of the stream take current scales, which came with this release, wherever others have histories.
     (

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 HOPPER, ADA, AMPERE, BLACKWELL = (9, 0), (8, 9), (8, 0), (10, 0)
 FP8 = "--fp8-format hybrid"
 ENDS = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 2"
+RECOMPUTED = "--hybrid-layer-pattern *-/*- --recompute-granularity full --recompute-method uniform"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 # Flags after MODEL (hidden size 64, 32 tokens, micro-batch 2), Transformer Engine's version or None, GPU, and words of
 # the sentence; None where the flags are accepted.
@@ -22,6 +23,8 @@ CASES = [
     (f"{FP8} --fp8-recipe tensorwise", "2.20.2", AMPERE, ["--fp8-recipe tensorwise", "8.9"]),
     (f"{FP8} --fp8-recipe blockwise", "2.20.2", ADA, ["--fp8-recipe blockwise", "9.0"]),
     (f"{FP8} --fp8-recipe mxfp8", "2.20.2", HOPPER, ["--fp8-recipe mxfp8", "10.0"]),
+    (f"{FP8} {RECOMPUTED}", "2.20.2", HOPPER, ["--fp8-recipe delayed", "--recompute-granularity full", "tensorwise"]),
+    (f"{FP8} --fp8-recipe tensorwise {RECOMPUTED}", "2.20.2", HOPPER, None),
     (FP8, "2.1.0", HOPPER, ["2.2 or later", "upgrade"]),
     (f"{FP8} --no-fp8-wgrad", "2.20.2", HOPPER, ["--no-fp8-wgrad", "drop it"]),
     (f"{FP8} --no-fp8-wgrad --fp8-recipe tensorwise", "2.2.0", HOPPER, ["--no-fp8-wgrad", "drop it"]),
