@@ -67,7 +67,7 @@ def test_the_studies_of_the_checkout_are_what_they_say():
     assert tiny.variants[0].flags["train-data-path"] == "data/austen_train"
     assert tiny.variants[0].tokens_per_step == 1024 and len(tiny.runs()) == 15
     ablation = load_study(EXAMPLES / "ablation.yaml")
-    assert "mtp-num-layers" not in ablation.variants[0].flags and len(ablation.runs()) == 18
+    assert "mtp-num-layers" not in ablation.variants[0].flags and len(ablation.runs()) == 21
 
 
 @pytest.mark.parametrize(
