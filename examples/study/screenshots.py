@@ -37,7 +37,7 @@ TABS = {
     "time-series": (f"?tagFilter={quote(_SHOWN)}#timeseries", 1500, 1300),
 }
 _REPORT_SIZE = 1200, 1500
-_SECONDS_TO_START = _SECONDS_TO_ANSWER = 60
+_SECONDS_TO_START = _SECONDS_TO_ANSWER = 180
 _SECONDS_STILL = 2
 # Most of TensorBoard's elements are in shadow trees, which document.querySelectorAll does not enter.
 _EVERYTHING = """
