@@ -125,7 +125,8 @@ class Page:
         self._url, self._number, self._received = url, 0, b""
 
     def __enter__(self) -> "Page":
-        self._profile = tempfile.TemporaryDirectory()
+        # The browser's last processes may still write while it is removed.
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         # The browser expects them as 3 and 4, which may be taken by one another here.
