@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small model with and without a virtual width on Jane Austen's novels and compares them:
 #   bash run.sh [--recipe dense|moe-mtp] [--fresh]
-# On two CPU cores about ten minutes after the installation, six for moe-mtp; with a GPU it is used. Start again after
+# On two CPU cores six to ten minutes after the installation; with a GPU it is used. Start again after
 # an interruption.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
