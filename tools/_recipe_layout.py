@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training.stage_rules import (
     BLOCKS_OF_ONE,
-    logs_router_losses,
-    rank_without_experts,
+    check_experts,
     recomputes_single_sublayers,
     stages_of_ranks,
 )
@@ -51,11 +50,12 @@ def check_stages(recipe: Recipe) -> None:
     Raises:
         VirtualWidthError: the first fault.
     """
-    losses = recipe.get("moe-router-load-balancing-type", "aux_loss"), recipe.get("moe-aux-loss-coeff")
-    stages = _stages_of_ranks(recipe)
-    sentence = rank_without_experts(stages) if logs_router_losses(*losses, recipe.get("moe-z-loss-coeff")) else None
-    if sentence is not None:
-        raise VirtualWidthError(sentence)
+    check_experts(
+        _stages_of_ranks(recipe),
+        recipe.get("moe-router-load-balancing-type", "aux_loss"),
+        recipe.get("moe-aux-loss-coeff"),
+        recipe.get("moe-z-loss-coeff"),
+    )
 
 
 def _stages_of_ranks(recipe: Recipe) -> list[list[str]]:

@@ -1,16 +1,15 @@
-"""Trainings as child processes: their launch, their end together with the study's, and what their log says."""
+"""Trainings as child processes: their launch, their end together with the study's, and how their log ends."""
 
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*per iteration \(ms\): ([\d.]+).* lm loss: ([\d.E+-]+)")
-_VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: ([\d.E+-]+)")
+from megatron_vwn_tools._training_run import ENVIRONMENT
+
 _TAIL = 15
 _SECONDS_TO_END = 30
 _PR_SET_PDEATHSIG = 1
@@ -35,8 +34,7 @@ class Child:
         gpus: Sequence[str] | None = None,
         keep_open: Sequence[int] = (),
     ):
-        # One thread per rank: they share the machine. Megatron wants the second for tensor parallelism on a GPU.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | ENVIRONMENT
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         self._log = log
@@ -81,18 +79,6 @@ def launch(flags: Sequence[str], ranks: int) -> list[str]:
     """The command line of one training."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*torchrun, "-m", "megatron_vwn.training.pretrain", *flags]
-
-
-def read_step(line: str) -> tuple[int, float, float] | None:
-    """Step, seconds per step and loss of a line of progress."""
-    found = _STEP.search(line)
-    return (int(found[1]), float(found[3]) / 1e3, float(found[4])) if found else None
-
-
-def read_validation(line: str) -> tuple[int, float] | None:
-    """Step and loss of a validation."""
-    found = _VALIDATION.search(line)
-    return (int(found[1]), float(found[2])) if found else None
 
 
 def tail(log: Path) -> str:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_vwn_tools._study_events import R_IN_NAME
 from megatron_vwn_tools._study_fit import Fit, fit_widths
 
+from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig
+
 if TYPE_CHECKING:
     from megatron_vwn_tools._study_compare import Variant
 
-# Of Megatron's arguments as they are logged; the width itself makes no family.
-_SHARED = ("vwn_m", "vwn_preset", "vwn_connection", "vwn_gate", "vwn_carry", "vwn_embedding", "vwn_ngrams")
+# Of the arguments as they are logged; the width itself makes no family, and the norm before the reduction follows from
+# it where nothing is said.
+_SHARED = tuple(
+    f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name not in (*OF_THE_RUN, "n", "reduce_norm")
+)
 
 
 def fit_families(

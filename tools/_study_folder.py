@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vwn_tools._study_plan import Run, Study
+from megatron_vwn_tools._training_run import last_checkpoint
 
 from megatron_vwn.config import VirtualWidthError
 
@@ -55,8 +56,7 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> int:
         """Step of the last complete checkpoint, 0 without one."""
-        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
-        return int(tracker.read_text()) if tracker.exists() else 0
+        return last_checkpoint(self.checkpoints)
 
     def check(self, ranks: int) -> None:
         """Refuse to go on with a run that was started with other flags.

@@ -83,6 +83,8 @@ class Study:
         variants: in the order of the file.
         seeds: of every variant.
         keep_checkpoints: also of finished runs.
+        has_prefix: whether the file says what {data} stands for.
+        made_by: the command that makes the data; None where the file says none.
     """
 
     title: str
@@ -91,6 +93,8 @@ class Study:
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     keep_checkpoints: bool
+    has_prefix: bool
+    made_by: str | None
 
     def runs(self, only: Sequence[str] = ()) -> list[Run]:
         """All runs, or those of the named variants or runs; the first seed of every variant comes first.
@@ -142,17 +146,18 @@ def load_study(path: Path, data: str | None = None) -> Study:
         variants=tuple(variants),
         seeds=_seeds(path, content.get("seeds", [1])),
         keep_checkpoints=_switch(path, "keep-checkpoints", content.get("keep-checkpoints", False)),
+        has_prefix=content.get("data") is not None,
+        made_by=content.get("made-by"),
     )
 
 
-def check_data(study: Study, path: Path) -> None:
+def check_data(study: Study) -> None:
     """Refuse data that is not there, with the command that makes it where the study says one (``made-by``).
 
     Raises:
         VirtualWidthError: a missing token file or tokenizer folder.
     """
-    made_by = _read(path).get("made-by")
-    advice = f"make it with `{' '.join(made_by.split())}`" if made_by else "correct its path"
+    advice = f"make it with `{' '.join(study.made_by.split())}`" if study.made_by else "correct its path"
     for variant in study.variants:
         needed = []
         for key in _PREFIXES:
@@ -164,7 +169,7 @@ def check_data(study: Study, path: Path) -> None:
             ]
         tokenizer = variant.flags.get("tokenizer-model")
         # Anything else may be a name that the tokenizer's library looks up.
-        if isinstance(tokenizer, str) and "/" in tokenizer and _read(path).get("data") is not None:
+        if isinstance(tokenizer, str) and "/" in tokenizer and study.has_prefix:
             needed.append(tokenizer)
         for name in needed:
             if not Path(name).exists():

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from megatron_vwn_tools._study_plan import Run
+from megatron_vwn_tools._training_run import LoggedStep
 
 # From a launch to the first step, mostly imports; only for the estimate.
 _START_SECONDS = 20
@@ -33,12 +34,12 @@ class Progress:
         """One line."""
         print(f"[{minutes(time.monotonic() - self._begin)}] {name:22} {text}", flush=True)
 
-    def step(self, run: Run, step: int, seconds: float, loss: float) -> None:
+    def step(self, run: Run, logged: LoggedStep) -> None:
         """A run has reached a step."""
-        now = time.monotonic()
+        now, step = time.monotonic(), logged.step
         self._left[run.name] = run.variant.steps - step
         begin, first = self._started.setdefault(run.name, (now, step))
-        pace = (now - begin) / (step - first) if step > first else seconds
+        pace = (now - begin) / (step - first) if step > first else logged.seconds
         self._paces[run.variant.name] = pace
         if now - self._said[run.name] < _SECONDS_BETWEEN_LINES:
             return
@@ -46,7 +47,7 @@ class Progress:
         this, everything = minutes(self._left[run.name] * pace), minutes(self._remaining())
         self.say(
             run.name,
-            f"step {step}/{run.variant.steps}  loss {loss:.4f}  {seconds * 1e3:.0f} ms/step  "
+            f"step {step}/{run.variant.steps}  loss {logged.loss:.4f}  {logged.seconds * 1e3:.0f} ms/step  "
             f"left: this run {this}, all {everything}",
         )
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from megatron_vwn_tools._benchmark_machine import commit, hardware, has_gpu, versions
-from megatron_vwn_tools._study_child import Child, launch, read_step, read_validation, tail
+from megatron_vwn_tools._study_child import Child, launch, tail
 from megatron_vwn_tools._study_folder import RunFolder
 from megatron_vwn_tools._study_plan import Run, Study
 from megatron_vwn_tools._study_progress import Progress, minutes
+from megatron_vwn_tools._training_run import read_step, read_validation
 
 from megatron_vwn.config import VirtualWidthError
 
@@ -122,7 +123,7 @@ def _start(study: Study, folder: RunFolder, place: Gpus, facts: dict, lock: int)
 def _show(child: Child, run: Run, progress: Progress) -> None:
     for line in child.new_lines():
         if step := read_step(line):
-            progress.step(run, *step)
+            progress.step(run, step)
         elif validation := read_validation(line):
             progress.say(run.name, f"step {validation[0]}  validation loss {validation[1]:.4f}")
 

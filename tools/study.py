@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.data)
     runs = study.runs(options.only)
-    check_data(study, options.study)
+    check_data(study)
     if options.dry_run:
         check_flags(_all_flags(study))
         _print_plan(study, runs, options.output)
@@ -65,7 +65,7 @@ def _train(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
 
 def _time(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.data)
-    check_data(study, options.study)
+    check_data(study)
     return _interruptible(lambda: _measure(study, options))
 
 

@@ -7,15 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*per iteration \(ms\): ([\d.]+).* lm loss: ([\d.E+-]+)")
+from megatron_vwn_tools import _training_run
+from megatron_vwn_tools._training_run import ENVIRONMENT, read_step, read_validation
+
 _FURTHER_LOSS = re.compile(r"(mtp_\d+ loss): ([\d.E+-]+)")
-_VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: ([\d.E+-]+)")
 _OURS = re.compile(r"^megatron_vwn(?:\.cpu)?: (.*)")
 _TAIL = 25
 # From a launch to the first step, mostly imports; only for the estimate of what remains.
 _START_SECONDS = 20
-# One thread per rank: they share the machine. Megatron wants the second for tensor parallelism on a GPU.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class RunFailedError(Exception):
@@ -70,7 +69,7 @@ def run_logged(command: Sequence[str], log: Path) -> Iterator[str]:
     """
     with log.open("a") as file:
         child = subprocess.Popen(
-            command, env=os.environ | _ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
             for line in child.stdout:
@@ -108,27 +107,26 @@ def train(folder: Path, command: Sequence[str], until: int, clock: Clock, step_c
     for line in run_logged(command, log):
         if said := _OURS.match(line):
             clock.say(folder.name, said[1])
-        elif step := _STEP.search(line):
-            clock.finish((int(step[1]) - done) * step_cost)
-            done, seconds, now = int(step[1]), float(step[3]) / 1e3, time.monotonic()
+        elif logged := read_step(line):
+            clock.finish((logged.step - done) * step_cost)
+            done, now = logged.step, time.monotonic()
             if first_step_began is None:
                 clock.finish_start()
-                first_step_began = now - (done - first) * seconds
+                first_step_began = now - (done - first) * logged.seconds
             # Megatron's time per step leaves out validations and checkpoints, which what remains will have too.
             pace = (now - first_step_began) / (done - first)
             further = "".join(f"  {name} {float(loss):.4f}" for name, loss in _FURTHER_LOSS.findall(line))
             clock.say(
                 folder.name,
-                f"step {done:4}/{step[2]}  loss {float(step[4]):.4f}{further}  {seconds * 1e3:5.0f} ms/step  "
+                f"step {done:4}/{logged.steps}  loss {logged.loss:.4f}{further}  {logged.seconds * 1e3:5.0f} ms/step  "
                 f"left: this run {minutes((until - done) * pace)}, all {clock.remaining(pace, step_cost)}",
             )
-        elif validation := _VALIDATION.search(line):
-            clock.say(folder.name, f"step {int(validation[1]):4}  validation loss {float(validation[2]):.4f}")
+        elif validation := read_validation(line):
+            clock.say(folder.name, f"step {validation[0]:4}  validation loss {validation[1]:.4f}")
     if last_checkpoint(folder) < until:
         raise RunFailedError(f"{folder.name} ended before step {until}; see {log}.")
 
 
 def last_checkpoint(folder: Path) -> int:
-    """Step of the last complete checkpoint, 0 without one."""
-    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
+    """Step of the last complete checkpoint of a run, 0 without one."""
+    return _training_run.last_checkpoint(folder / "checkpoints")

@@ -100,8 +100,11 @@ def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = 
     """X = A_read^T H of a whole stream, or its norm: [T, D] in the dtype of h."""
     sums_TNK = project(h_TNE, p, p.read_columns) if p.dynamic else None
     x_TD = mix_read(h_TNE, deviations(sums_TNK, p, p.read_columns, h_TNE.shape[-1]), p).flatten(1)
-    if input_norm is None:
-        return x_TD
+    return x_TD if input_norm is None else normalize_input(x_TD, input_norm)
+
+
+def normalize_input(x_TD: Tensor, input_norm: InputNorm) -> Tensor:
+    """The norm of a sublayer's input as an operation of its own: [T, D] in the dtype of x."""
     normed_TD = torch.nn.functional.rms_norm(x_TD, x_TD.shape[-1:], input_norm.weight_D, input_norm.eps)
     return normed_TD.to(x_TD.dtype)
 

@@ -9,12 +9,11 @@ Two prefixes, because TensorBoard folds what has a common first part: the summar
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from megatron_vwn.training.depth_window import carry_gains, depth_windows, receptive_field
+from megatron_vwn.training.depth_window import carry_gains, depth_windows
 from megatron_vwn.training.snapshot import OF_CONNECTIONS, OF_MODULES, ConnectionStatistics, Place, Snapshot
 
 # Lines of one run have one colour in a custom chart, so more of them cannot be told apart.
@@ -48,26 +47,12 @@ HISTOGRAMS = {
 }
 
 
-def chains(snapshot: Snapshot) -> dict[int, dict[Place, ConnectionStatistics]]:
-    """The connections that follow each other: those of the trunk (0), and of each further prediction."""
-    found: dict[int, dict[Place, ConnectionStatistics]] = {}
-    for place, connection in snapshot.connections.items():
-        found.setdefault(place.depth, {})[place] = connection
-    return found
-
-
-def field_of(chain: Iterable[ConnectionStatistics]) -> Tensor:
-    """``receptive_field`` of one chain, with token-mean matrices."""
-    chain = list(chain)
-    return receptive_field([c.read for c in chain], [c.carry for c in chain], [c.write for c in chain])
-
-
 def per_connection(snapshot: Snapshot) -> dict[str, dict[Place, float]]:
     """Every number of ``PER_CONNECTION`` for every connection."""
     found: dict[str, dict[Place, float]] = {name: {} for name in PER_CONNECTION}
-    for chain in chains(snapshot).values():
+    for depth, chain in snapshot.chains.items():
         gains = carry_gains([connection.carry for connection in chain.values()])
-        windows = depth_windows(field_of(chain.values()))
+        windows = depth_windows(snapshot.receptive_fields[depth])
         for row, (place, connection) in enumerate(chain.items()):
             values = _of_connection(connection) | dict(zip(_CARRY_GAINS, gains[row].tolist(), strict=True))
             values["connection_gradient_norm"] = snapshot.connection_gradient_norms[place]

@@ -23,8 +23,7 @@ from megatron_vwn.training.fp8_rules import FP8_RULES
 from megatron_vwn.training.layer_rules import LAYER_RULES, pattern_of
 from megatron_vwn.training.stage_rules import (
     BLOCKS_OF_ONE,
-    logs_router_losses,
-    rank_without_experts,
+    check_experts,
     recomputes_single_sublayers,
     stages_of_ranks,
 )
@@ -331,7 +330,7 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         | (_OF_TRANSFORMER_ENGINE if args.transformer_impl == "local" else {})
         | (_OF_REFUSED_FLAGS if virtual_width is not None else {}),
     )
-    _refuse_stages(args)
+    check_experts(_stages(args), args.moe_router_load_balancing_type, args.moe_aux_loss_coeff, args.moe_z_loss_coeff)
     if virtual_width is None or args.hidden_size is None:  # a missing --hidden-size is Megatron's to refuse
         return
     virtual_width.check_model(
@@ -342,13 +341,6 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         tensor_parallel_size=args.tensor_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
-
-
-def _refuse_stages(args: Args) -> None:
-    losses = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff, args.moe_z_loss_coeff
-    sentence = rank_without_experts(_stages(args)) if logs_router_losses(*losses) else None
-    if sentence is not None:
-        raise VirtualWidthError(sentence)
 
 
 def _refuse_changed(args: Args, table: _Patterns) -> None:

@@ -10,7 +10,6 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_vwn.training.monitoring_scalars import chains, field_of
 from megatron_vwn.training.snapshot import Snapshot
 
 # A card of TensorBoard is about 360 pixels wide and shrinks what is wider: pixels that a picture takes at least in
@@ -41,9 +40,9 @@ def images(snapshot: Snapshot) -> dict[str, np.ndarray]:
     found["vwn/segment_norms"] = heat_map(
         relative, labels, [str(j) for j in range(norms.shape[1])], "layer", "segment: norm over the layer's mean", 2.0
     )
-    for depth, chain in chains(snapshot).items():
+    for depth, chain in snapshot.chains.items():
         suffix = f"_mtp_{depth}" if depth else ""
-        field = field_of(chain.values()).numpy()
+        field = snapshot.receptive_fields[depth].numpy()
         found[f"vwn/depth_receptive_field{suffix}"] = depth_map(field, [place.number for place in chain])
     return found
 

@@ -1,13 +1,14 @@
 """What monitoring knows of a model at one step, as plain numbers on the CPU; nothing here imports Megatron."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_vwn.ops.parameters import initial_pattern
-from megatron_vwn.training.depth_window import independent_directions, participation_ratio
+from megatron_vwn.training.depth_window import independent_directions, participation_ratio, receptive_field
 
 # A gate beyond it has lost nine tenths of its slope (1 - tanh^2 < 0.1): it hardly learns any more.
 SATURATED = 0.95
@@ -135,3 +136,19 @@ class Snapshot:
     connections: dict[Place, ConnectionStatistics]
     gradient_norms: dict[str, float]
     connection_gradient_norms: dict[Place, float]
+
+    @cached_property
+    def chains(self) -> dict[int, dict[Place, ConnectionStatistics]]:
+        """The connections that follow each other: those of the trunk (0), and of each further prediction."""
+        found: dict[int, dict[Place, ConnectionStatistics]] = {}
+        for place, connection in self.connections.items():
+            found.setdefault(place.depth, {})[place] = connection
+        return found
+
+    @cached_property
+    def receptive_fields(self) -> dict[int, Tensor]:
+        """``receptive_field`` of each chain, with token-mean matrices; numbers and a picture are made of it."""
+        return {
+            depth: receptive_field(*zip(*((c.read, c.carry, c.write) for c in chain.values()), strict=True))
+            for depth, chain in self.chains.items()
+        }

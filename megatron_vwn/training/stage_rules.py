@@ -5,6 +5,8 @@ Recipes are checked with it on machines that have nothing installed, and the tra
 
 from collections.abc import Sequence
 
+from megatron_vwn.config import VirtualWidthError
+
 # Megatron's marks in a hybrid pattern: between pipeline stages, before the layers of further predictions; and experts.
 _STAGE, _FURTHER, _EXPERTS = "|", "/", "E"
 # Ways to balance experts whose loss is logged.
@@ -63,6 +65,21 @@ def rank_without_experts(stages: Sequence[Sequence[str]]) -> str | None:
         f"pipeline rank {rank} of {len(stages)} has no experts ({_STAGE.join(stages[rank])}), and Megatron's log of "
         "their losses would fail in the first step: use fewer stages, or give every rank a sublayer E."
     )
+
+
+def check_experts(stages: Sequence[Sequence[str]], balancing: object, coefficients: object, z_loss: object) -> None:
+    """Refuse a pipeline rank without experts where Megatron would die of it.
+
+    Args:
+        stages: ``stages_of_ranks``.
+        balancing, coefficients, z_loss: as ``logs_router_losses`` takes them.
+
+    Raises:
+        VirtualWidthError: the sentence of ``rank_without_experts``.
+    """
+    sentence = rank_without_experts(stages) if logs_router_losses(balancing, coefficients, z_loss) else None
+    if sentence is not None:
+        raise VirtualWidthError(sentence)
 
 
 def recomputes_single_sublayers(

@@ -137,6 +137,8 @@ def test_a_line_is_made_of_variants_that_differ_in_the_width_alone():
         ["r4-new"],
         ["other-new"],
     ]
+    plain = variant("r8-plain", 8, embedding="projected", linear="plain")
+    assert families([*projected[:1], plain]) == [["r2"], ["r8-plain"]]
 
 
 def test_reading_off_curves():

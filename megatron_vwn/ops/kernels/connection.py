@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_vwn.ops.composed import normalize_input
 from megatron_vwn.ops.kernels.folding import Columns, Folded, ProgramSums, fold, unfold
 from megatron_vwn.ops.kernels.launch import launch, programs, tiles
 from megatron_vwn.ops.kernels.read_kernels import read_backward, read_forward
@@ -38,8 +39,7 @@ def write_read(
     h. Beyond MAX_NORMED_SEGMENTS the norm is an operation of its own, which keeps X."""
     if input_norm is not None and p.n > MAX_NORMED_SEGMENTS:
         out_TNE, x_TD = write_read(h_TNE, y_TD, p, p_next)
-        normed_TD = torch.nn.functional.rms_norm(x_TD, x_TD.shape[-1:], input_norm.weight_D, input_norm.eps)
-        return out_TNE, normed_TD.to(x_TD.dtype)
+        return out_TNE, normalize_input(x_TD, input_norm)
     columns = (*Columns.of(p, p.write_columns), *Columns.of(p_next, p_next.read_columns))
     return _WriteRead.apply(_Shape(p, input_norm), h_TNE, y_TD, _weight(input_norm), *columns)
 

@@ -1,0 +1,38 @@
+"""A training as it looks from outside: the environment of its processes, the lines of its log, its checkpoints."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+# One thread per rank: they share the machine. Megatron wants the second for tensor parallelism on a GPU.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
+
+_STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*per iteration \(ms\): ([\d.]+).* lm loss: ([\d.E+-]+)")
+_VALIDATION = re.compile(r"validation loss at iteration (\d+) .*lm loss value: ([\d.E+-]+)")
+
+
+class LoggedStep(NamedTuple):
+    """A line of Megatron's progress: the step, how many there will be, seconds per step since the last line, loss."""
+
+    step: int
+    steps: int
+    seconds: float
+    loss: float
+
+
+def read_step(line: str) -> LoggedStep | None:
+    """A line of a log as progress; None if it is another."""
+    found = _STEP.search(line)
+    return LoggedStep(int(found[1]), int(found[2]), float(found[3]) / 1e3, float(found[4])) if found else None
+
+
+def read_validation(line: str) -> tuple[int, float] | None:
+    """Step and loss of a validation; None if the line says none."""
+    found = _VALIDATION.search(line)
+    return (int(found[1]), float(found[2])) if found else None
+
+
+def last_checkpoint(checkpoints: Path) -> int:
+    """Step of the last complete checkpoint of a --save folder, 0 without one."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
