@@ -150,9 +150,9 @@ def answers(valued_file, answers_file):
     from megatron.training.arguments import add_megatron_arguments, parse_args
 
     from megatron_vwn.config import VirtualWidthError
-    from megatron_vwn.training.arguments import add_arguments, record_virtual_width, virtual_width_from_args
-    from megatron_vwn.training.data_checks import check_data
-    from megatron_vwn.training.refusals import refuse_unsupported, refuse_yaml
+    from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
+    from megatron_vwn.training.refusals.data import check_data
+    from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
 
     base = [*MODEL, *MOCK, *WIDE, "--transformer-impl", "local", "--no-masked-softmax-fusion"]
 

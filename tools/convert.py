@@ -1,124 +1,12 @@
-"""vwn-convert: Megatron checkpoints to Hugging Face and back.
+"""vwn-convert from a checkout, without an installation of this package: python tools/convert.py ..."""
 
-vwn-convert to-hf   MEGATRON FOLDER [--tokenizer DIR] [--verify]
-vwn-convert from-hf FOLDER MEGATRON [--verify]
-"""
-
-import argparse
-import logging
-import shlex
-import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-# What Megatron would train faster with, and that nobody else takes part: neither concerns a conversion.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+# In place of this folder, whose files would be found under the names of modules.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_vwn_tools._program import exit_code, progress_bar  # noqa: E402
-
-from megatron_vwn.checkpoint.convert import from_hf, to_hf  # noqa: E402
-from megatron_vwn.checkpoint.flags import command_line  # noqa: E402
-from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
-from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
-
-_DIFFERENT = 1
-_VERIFY_SAYS_DIFFERENT = 3
-
-
-class _Difference(Exception):
-    """What --verify found."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one conversion; returns the exit code."""
-    options = _parser().parse_args(argv)
-    program = _to_hf if options.command == "to-hf" else _from_hf
-    try:
-        return exit_code("vwn-convert", lambda: program(options))
-    except _Difference as difference:
-        print(f"vwn-convert: {difference}", file=sys.stderr)
-        return _DIFFERENT
-
-
-def _to_hf(options: argparse.Namespace) -> None:
-    source = TorchDistReader(options.source)
-    tokenizer = options.tokenizer or _tokenizer_of(source)
-    with _appearing(options, options.source, tokenizer) as folder:
-        config = to_hf(
-            source,
-            folder,
-            tokenizer=tokenizer,
-            name=options.target.resolve().name,
-            shard_bytes=options.shard_mebibytes * 2**20,
-            progress=progress_bar,
-        )
-        if options.verify:
-            _verify(options.source, folder)
-    print(f"{options.target}: {config.hybrid_pattern}, {len(source.tensors)} tensors of Megatron", end="")
-    print(f", tokenizer of {tokenizer}." if tokenizer else "; no tokenizer: give one with --tokenizer.")
-
-
-def _from_hf(options: argparse.Namespace) -> None:
-    source = SafetensorsReader(options.source)
-    engine = None if options.transformer_impl is None else options.transformer_impl == "transformer_engine"
-    with _appearing(options, options.source) as folder:
-        arguments = from_hf(source, folder, transformer_engine=engine, progress=progress_bar)
-        if options.verify:
-            _verify(folder, options.source)
-    print(f"{options.target}: weights without optimizer; train on with these and your training flags:")
-    print("   ", shlex.join(["--load", str(options.target), *command_line(arguments)]))
-
-
-def _appearing(options: argparse.Namespace, *sources: Path | None):
-    return appearing_whole(options.target, overwrite=options.overwrite, sources=sources)
-
-
-def _verify(megatron: Path, hugging_face: Path) -> None:
-    """In a process of its own, which may emulate a GPU and ends with all its memory."""
-    program = [sys.executable, "-W", "ignore", "-m", "megatron_vwn.checkpoint.verify"]
-    code = subprocess.run([*program, megatron, hugging_face]).returncode
-    if code == _VERIFY_SAYS_DIFFERENT:
-        raise _Difference("the two checkpoints do not compute the same: nothing was written.")
-    if code:
-        raise VirtualWidthError("--verify could not run both checkpoints: nothing was written, try without it.")
-
-
-def _tokenizer_of(source: TorchDistReader) -> Path | None:
-    """The tokenizer that the run used, if it is of Hugging Face and still there."""
-    path = getattr(source.arguments, "tokenizer_model", None)
-    return Path(path) if path and (Path(path) / "tokenizer_config.json").exists() else None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vwn-convert", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{to-hf,from-hf}")
-    to = commands.add_parser("to-hf", help="write a Megatron checkpoint as a Hugging Face folder")
-    to.add_argument("source", type=Path, metavar="MEGATRON", help="what --save named, or one checkpoint in it")
-    to.add_argument("target", type=Path, metavar="FOLDER", help="the folder to write")
-    to.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer to copy (default: the run's)")
-    to.add_argument("--shard-mebibytes", type=_positive, default=512, help="size of the files (default: %(default)s)")
-    back = commands.add_parser("from-hf", help="write a Hugging Face folder as a checkpoint that --load takes")
-    back.add_argument("source", type=Path, metavar="FOLDER", help="a folder with a VWN model")
-    back.add_argument("target", type=Path, metavar="MEGATRON", help="the folder to write, for --load")
-    back.add_argument(
-        "--transformer-impl",
-        choices=("transformer_engine", "local"),
-        help="name tensors for this backend (default: the one of the run that the folder was converted from)",
-    )
-    for command in (to, back):
-        command.add_argument("--verify", action="store_true", help="run both on the same prompts, compare their logits")
-        command.add_argument("--overwrite", action="store_true", help="replace what stands there")
-    return parser
-
+from megatron_vwn.checkpoint.convert_cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,96 +1,12 @@
-"""vwn-widen: give a trained ordinary model a virtual width; it computes the same function and trains on.
+"""vwn-widen from a checkout, without an installation of this package: python tools/widen.py ..."""
 
-    vwn-widen SOURCE MEGATRON --vwn-m M --vwn-n N [--vwn-...]
-
-SOURCE is a Megatron HybridModel checkpoint or a Hugging Face folder of Llama, Qwen3 or Qwen3-MoE.
-"""
-
-import argparse
-import logging
-import shlex
 import sys
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
-import torch
+# In place of this folder, whose files would be found under the names of modules.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-# What Megatron would train faster with, and that nobody else takes part: neither concerns a conversion.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-from megatron_vwn_tools._program import exit_code, progress_bar  # noqa: E402
-
-from megatron_vwn.checkpoint.arguments import megatron_arguments  # noqa: E402
-from megatron_vwn.checkpoint.convert import write_megatron  # noqa: E402
-from megatron_vwn.checkpoint.flags import command_line  # noqa: E402
-from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
-from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen  # noqa: E402
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.training.arguments import add_arguments, virtual_width_from_args  # noqa: E402
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Widen one model; returns the exit code."""
-    return exit_code("vwn-widen", lambda: _widen(_parser().parse_args(argv)))
-
-
-def _widen(options: argparse.Namespace) -> None:
-    if options.vwn_reduce_norm:
-        raise VirtualWidthError("--vwn-reduce-norm would change the function: leave it out.")
-    virtual_width = virtual_width_from_args(options)
-    if virtual_width is None:
-        raise VirtualWidthError("no virtual width was given: add --vwn-m and --vwn-n.")
-    virtual_width = replace(virtual_width, reduce_norm=False)
-    if (options.source / "config.json").exists():
-        model, arguments = from_hugging_face(SafetensorsReader(options.source)), {}
-    else:
-        source = TorchDistReader(options.source)
-        model, arguments = from_megatron(source), vars(source.arguments)
-    if model.further and options.further_predictions is None:
-        raise VirtualWidthError(
-            f"{options.source} predicts further tokens with a dense fusion that a virtual width does not have: give "
-            "--further-predictions drop, or fresh to keep their layers and begin the fusion anew."
-        )
-    fresh = bool(model.further) and options.further_predictions == "fresh"
-    config, tensors, read = widen(model, virtual_width, fresh_predictions=fresh)
-    dtype = tensors["model.embed_tokens.weight"].dtype
-    model_arguments = megatron_arguments(config) | {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    arguments = arguments | model_arguments | {"params_dtype": dtype}
-    arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl", "transformer_engine")
-    with appearing_whole(options.target, overwrite=options.overwrite, sources=[options.source]) as folder:
-        write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=progress_bar)
-    further = ""
-    if model.further:
-        further = "; its further predictions " + ("begin with a new fusion" if fresh else "are gone")
-    print(f"{options.target}: the function of {options.source} with r = {float(virtual_width.expansion):g}{further}.")
-    print("Train on with these and your training flags; ranks that do not divide the vocabulary pad it with new rows:")
-    words = command_line(model_arguments | {"transformer_impl": arguments["transformer_impl"]})
-    print("   ", shlex.join(["--load", str(options.target), *words]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vwn-widen",
-        description=__doc__.splitlines()[0],
-        epilog="--vwn-reduce-norm is not available: it would change the function.",
-    )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a Megatron checkpoint or a Hugging Face folder")
-    parser.add_argument("target", type=Path, metavar="MEGATRON", help="the folder to write, for --load and vwn-convert")
-    parser.add_argument(
-        "--further-predictions",
-        choices=("drop", "fresh"),
-        help="what becomes of multi-token prediction, whose dense fusion cannot be kept",
-    )
-    parser.add_argument(
-        "--transformer-impl",
-        choices=("transformer_engine", "local"),
-        help="name tensors for this backend (default: the source's, or transformer_engine)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
-    return add_arguments(parser)
-
+from megatron_vwn.checkpoint.widen_cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_vwn_tools._documents import Format, find_files, is_held_out, read_batches
+from megatron_vwn.data.documents import Format, find_files, is_held_out, read_batches
 
 HERE = Path(__file__).parent
 NOVELS = HERE.parent / "quickstart" / "data" / "austen.txt.xz"

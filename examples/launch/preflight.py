@@ -6,10 +6,9 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from megatron_vwn_tools._recipe import Recipe
-from megatron_vwn_tools._recipe_flags import check_flags
-
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.recipes.flags import check_flags
+from megatron_vwn.recipes.recipe import Recipe
 
 _PREPARE = """
 import json, sys

@@ -10,12 +10,12 @@ import os
 import shlex
 import sys
 
-from megatron_vwn_tools._recipe import Recipe, load_recipe, recipe_names
-from megatron_vwn_tools._recipe_flags import check_flags
 from preflight import find_machine, preflight, require_packages
 from supervise import supervise
 
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.recipes.flags import check_flags
+from megatron_vwn.recipes.recipe import Recipe, load_recipe, recipe_names
 
 REFUSED = 2
 TRAINING = "megatron_vwn.training.pretrain"

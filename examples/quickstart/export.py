@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from evaluation import FOLDER
-from megatron_vwn_tools import convert, widen
+
+from megatron_vwn.checkpoint import convert_cli as convert
+from megatron_vwn.checkpoint import widen_cli as widen
 
 # The baseline has no virtual width, and only models with one have an export: with one segment, which is never carried
 # otherwise than a residual is, it is the same function. Its prediction of further tokens would not be.

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_vwn.training.indexed_data import check_indexed_dataset
+from megatron_vwn.data.indexed import check_indexed_dataset
 
 _NOT_COUNTED = -100
 

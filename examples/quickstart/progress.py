@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_vwn_tools import _training_run
-from megatron_vwn_tools._training_run import ENVIRONMENT, read_step, read_validation
+from megatron_vwn.training import log_lines as _training_run
+from megatron_vwn.training.log_lines import ENVIRONMENT, read_step, read_validation
 
 _FURTHER_LOSS = re.compile(r"(mtp_\d+ loss): ([\d.E+-]+)")
 _OURS = re.compile(r"^megatron_vwn(?:\.cpu)?: (.*)")

@@ -99,7 +99,7 @@ def prepare_data(clock: Clock) -> None:
         return
     clock.say("data", f"training a tokenizer on {TEXT} and encoding it")
     DATA.parent.mkdir(parents=True, exist_ok=True)
-    program = [sys.executable, "-m", "megatron_vwn_tools.prepare_data", str(TEXT), "--output", str(DATA)]
+    program = [sys.executable, "-m", "megatron_vwn.data", str(TEXT), "--output", str(DATA)]
     options = ["--train-tokenizer", "4096", "--validation-fraction", str(VALIDATION_FRACTION), "--overwrite"]
     for line in run_logged([*program, *options], DATA.with_name("log.txt")):
         clock.say("data", line)

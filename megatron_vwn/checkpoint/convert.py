@@ -22,7 +22,7 @@ from megatron_vwn.checkpoint.model_card import ARGUMENTS, write_model_card
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, write_torch_dist
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
-from megatron_vwn.training.defaults import megatron_defaults
+from megatron_vwn.training.flags.defaults import megatron_defaults
 
 SPECIAL_TOKENS = "hugging_face_special_tokens"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

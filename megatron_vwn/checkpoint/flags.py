@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_vwn.training.arguments import add_arguments
+from megatron_vwn.training.flags.vwn import add_arguments
 
 # Derived by Megatron from the pattern, which refuses to be told again.
 _SAID_BY_THE_PATTERN = ("num_layers", "mtp_num_layers")

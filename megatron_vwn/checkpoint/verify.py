@@ -35,9 +35,9 @@ from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.hf import VWNConfig  # noqa: E402
 from megatron_vwn.hf.modeling_vwn import VWNRouter  # noqa: E402
-from megatron_vwn.training.arguments import virtual_width_from_args  # noqa: E402
-from megatron_vwn.training.defaults import megatron_defaults  # noqa: E402
-from megatron_vwn.training.model_config import VirtualWidthModelBuilder, model_config_from_args  # noqa: E402
+from megatron_vwn.training.flags.defaults import megatron_defaults  # noqa: E402
+from megatron_vwn.training.flags.vwn import virtual_width_from_args  # noqa: E402
+from megatron_vwn.training.model import VirtualWidthModelBuilder, model_config_from_args  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Of the norm of the difference over the norm of Megatron's logits: rounding in another order."""

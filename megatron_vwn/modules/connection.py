@@ -7,8 +7,8 @@ from torch import Tensor
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.norm import SharedNorm
-from megatron_vwn.modules.partitioned import PartitionedModule
-from megatron_vwn.ops import composed, recomputed
+from megatron_vwn.modules.stream_module import PartitionedModule
+from megatron_vwn.ops.eager import recomputed
 
 
 class Connection(PartitionedModule):
@@ -38,7 +38,7 @@ class Connection(PartitionedModule):
         self.input_norm = input_norm
         self.num_coefficients = 2 * virtual_width.m + virtual_width.num_carry
         # Handles in place of states save nothing while the stages keep copies of them for themselves.
-        self._composed = composed if virtual_width.recompute_block is None else recomputed
+        self._composed = eager if virtual_width.recompute_block is None else recomputed
         self.add_parameter("routing", virtual_width.n * self.num_coefficients)
         if virtual_width.dynamic:
             self.add_parameter("scale", virtual_width.n * self.num_coefficients)

@@ -12,7 +12,7 @@ from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.fp8_linear import fp8_linear, product
 from megatron_vwn.modules.ngram_embedding import NGramEmbedding
-from megatron_vwn.modules.partitioned import PartitionedModule
+from megatron_vwn.modules.stream_module import PartitionedModule
 from megatron_vwn.parallel.partition import StreamPartition
 
 

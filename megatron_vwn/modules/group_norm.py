@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
-from megatron_vwn.modules.partitioned import PartitionedModule
-from megatron_vwn.ops import composed
+from megatron_vwn.modules.stream_module import PartitionedModule
+from megatron_vwn.ops import eager
 
 
 class GroupNorm(PartitionedModule):
@@ -35,7 +35,7 @@ class GroupNorm(PartitionedModule):
         eps = self.config.layernorm_epsilon
         if not self.partition.splits_width:
             return ops.group_norm(h_TNE, weight, bias, m=self.group, eps=eps, kernels=self.virtual_width.kernels)
-        return composed.group_norm(
+        return eager.group_norm(
             h_TNE, weight, bias, m=self.group, eps=eps, segment_size=self.segment_size, total=self.partition.total
         )
 

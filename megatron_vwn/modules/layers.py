@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.boundary import PendingWrite, arrive
 from megatron_vwn.modules.connection import Connection
 from megatron_vwn.modules.norm import SharedNorm
-from megatron_vwn.modules.passage import PendingWrite, arrive
 
 
 def branch_only(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:

@@ -21,11 +21,11 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.modules.boundary import join_boundaries
 from megatron_vwn.modules.embedding import Expansion, OverWidthEmbedding
 from megatron_vwn.modules.group_norm import GroupNorm
-from megatron_vwn.modules.partitioned import PartitionedModule
-from megatron_vwn.modules.passage import join_boundaries
 from megatron_vwn.modules.reduction import Reduction
+from megatron_vwn.modules.stream_module import PartitionedModule
 
 
 class Fusion(PartitionedModule):

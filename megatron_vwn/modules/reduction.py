@@ -8,7 +8,7 @@ from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.fp8_linear import fp8_linear, product
 from megatron_vwn.modules.group_norm import GroupNorm
-from megatron_vwn.modules.partitioned import PartitionedModule
+from megatron_vwn.modules.stream_module import PartitionedModule
 
 
 class Reduction(PartitionedModule):

@@ -9,7 +9,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_vwn.config import VirtualWidthConfig
-from megatron_vwn.modules.passage import join_boundaries
+from megatron_vwn.modules.boundary import join_boundaries
 from megatron_vwn.modules.reduction import Reduction
 
 

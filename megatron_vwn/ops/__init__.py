@@ -6,8 +6,8 @@
 below.
 """
 
-from megatron_vwn.ops.composed import average_copies, tile
 from megatron_vwn.ops.dispatch import by_kernels, group_norm, normalizes_input, read, why_not_kernels, write, write_read
+from megatron_vwn.ops.eager import average_copies, tile
 from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
 
 __all__ = [

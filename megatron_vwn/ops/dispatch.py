@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_vwn.ops import composed, recomputed
+from megatron_vwn.ops import eager
+from megatron_vwn.ops.eager import recomputed
 from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,14 +29,14 @@ def normalizes_input(h_TNE: Tensor, p: ConnectionParameters) -> bool:
     """Whether the kernels normalise a sublayer's input while they read it, rather than an operation of its own."""
     if not by_kernels(h_TNE, p):
         return False
-    from megatron_vwn.ops.kernels.tiling import MAX_NORMED_SEGMENTS
+    from megatron_vwn.ops.kernels.geometry import MAX_NORMED_SEGMENTS
 
     return p.n <= MAX_NORMED_SEGMENTS
 
 
 def why_not_kernels(n: int, *, doubly_stochastic: bool) -> str | None:
     """Why the kernels cannot compute such a connection, as the end of a sentence; None if they can."""
-    from megatron_vwn.ops.kernels.tiling import MAX_SEGMENTS
+    from megatron_vwn.ops.kernels.geometry import MAX_SEGMENTS
 
     if not _have_triton():
         return "Triton is not installed"
@@ -88,13 +89,13 @@ def group_norm(
 
         if m * h_TNE.shape[-1] <= MAX_GROUP:
             return fused(h_TNE, weight_NE, m=m, eps=eps)
-    return composed.group_norm(h_TNE, weight_NE, bias_NE, m=m, eps=eps, segment_size=h_TNE.shape[-1])
+    return eager.group_norm(h_TNE, weight_NE, bias_NE, m=m, eps=eps, segment_size=h_TNE.shape[-1])
 
 
 def _implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
     if not by_kernels(h_TNE, p):
-        return recomputed if p.recompute else composed
+        return recomputed if p.recompute else eager
     # Imports Triton, which takes a second and is not everywhere.
-    from megatron_vwn.ops.kernels import connection
+    from megatron_vwn.ops.kernels import autograd as connection
 
     return connection

@@ -1,7 +1,7 @@
 """The equations of the VWN paper (arXiv 2511.11238), written to be read; the oracle of every test.
 
 Any floating dtype; half precisions are computed in fp32. Full matrices A and B are formed, nothing is fused and nothing
-is saved: ``ops.composed`` and the kernels do the same with less. Shapes are explained in ``ops.parameters``.
+is saved: ``ops.eager`` and the kernels do the same with less. Shapes are explained in ``ops.parameters``.
 
 The paper's symbols: A = [A_read, A_carry] in [n, m+n], B in [m, n], and per token
     X  = A_read^T  H      "read"       C = A_carry^T H      "carry"       H' = B^T Y + C      "write"

@@ -21,19 +21,19 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.megatron_fixes import apply_fixes
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
-from megatron_vwn.training import wheel_fixes
-from megatron_vwn.training.arguments import add_arguments, record_virtual_width, virtual_width_from_args
-from megatron_vwn.training.data import forward_step, train_valid_test_datasets_provider
-from megatron_vwn.training.data_checks import check_data, check_vocabulary, data_prefixes
-from megatron_vwn.training.folder_checks import check_folders
-from megatron_vwn.training.kernel_choice import describe_kernels
-from megatron_vwn.training.machine_flags import complete_command_line, describe, needed_flags
-from megatron_vwn.training.model_config import VirtualWidthModelConfig, model_config_from_args
-from megatron_vwn.training.monitoring import monitored
-from megatron_vwn.training.monitoring_report import check_monitoring
-from megatron_vwn.training.refusals import refuse_unsupported, refuse_yaml
-from megatron_vwn.training.resume import refuse_other_model
+from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
+from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
+from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
+from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
+from megatron_vwn.training.monitoring.monitor import monitored
+from megatron_vwn.training.monitoring.writers import check_monitoring
+from megatron_vwn.training.refusals.checkpoint import refuse_other_model
+from megatron_vwn.training.refusals.data import check_data, check_vocabulary, data_prefixes
+from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
+from megatron_vwn.training.refusals.folders import check_folders
+from megatron_vwn.training.refusals.kernels import describe_kernels
 
 _REFUSED = 2
 # More than the first rank of a node may lag behind the others while they import Megatron from a slow file system.
@@ -50,7 +50,7 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
     Returns:
         Exit code: 0 when training ended as the flags say, 2 for a refusal.
     """
-    wheel_fixes.apply()
+    apply_fixes()
     try:
         args, virtual_width = prepare(argv, gpu=gpu)
         set_global_variables(args)

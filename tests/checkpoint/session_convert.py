@@ -12,12 +12,12 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 from checkpoint.saves import GENERATED, SAVES  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
-from megatron_vwn_tools.convert import main as vwn_convert  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE  # noqa: E402
 
-from megatron_vwn.training.arguments import record_virtual_width  # noqa: E402
-from megatron_vwn.training.defaults import megatron_defaults  # noqa: E402
+from megatron_vwn.checkpoint.convert_cli import main as vwn_convert  # noqa: E402
+from megatron_vwn.training.flags.defaults import megatron_defaults  # noqa: E402
+from megatron_vwn.training.flags.vwn import record_virtual_width  # noqa: E402
 
 PROMPT = 8
 

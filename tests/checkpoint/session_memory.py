@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from megatron_vwn_tools.convert import main
+
+from megatron_vwn.checkpoint.convert_cli import main
 
 folder = Path(sys.argv[1])
 

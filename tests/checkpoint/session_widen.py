@@ -15,12 +15,12 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
-from megatron_vwn_tools.widen import main as vwn_widen  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE, Case, stream  # noqa: E402
 
-from megatron_vwn.training import wheel_fixes  # noqa: E402
-from megatron_vwn.training.defaults import megatron_defaults  # noqa: E402
+from megatron_vwn.checkpoint.widen_cli import main as vwn_widen  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
+from megatron_vwn.training.flags.defaults import megatron_defaults  # noqa: E402
 
 STEPS = 50
 
@@ -111,7 +111,7 @@ def check(folder: Path):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     harness.initialize_groups(ALONE)
     for name, found in check(folder):
         print("CHECK", json.dumps({"name": name, **found}), flush=True)

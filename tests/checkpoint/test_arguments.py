@@ -11,8 +11,8 @@ from megatron_vwn.checkpoint.arguments import backbone, hf_config, megatron_argu
 from megatron_vwn.checkpoint.flags import command_line
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig
-from megatron_vwn.training.arguments import add_arguments, record_virtual_width, virtual_width_from_args
-from megatron_vwn.training.defaults import megatron_defaults
+from megatron_vwn.training.flags.defaults import megatron_defaults
+from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
 
 OTHERS = {
     "half width, wide": {"vwn_m": 2, "vwn_n": 3, "hidden_size": 64, "rope_parameters": {"rope_theta": 1e6}},

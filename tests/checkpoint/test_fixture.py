@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_vwn_tools.convert import main as vwn_convert
 from transformers import AutoModelForCausalLM
 
+from megatron_vwn.checkpoint.convert_cli import main as vwn_convert
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader
 
 HERE = Path(__file__).parent / "fixture"

@@ -15,7 +15,7 @@ from megatron_vwn.checkpoint.arguments import megatron_arguments
 from megatron_vwn.checkpoint.convert import expected_hf_tensors
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, write_torch_dist
 from megatron_vwn.hf import VWNConfig
-from megatron_vwn.training.defaults import megatron_defaults
+from megatron_vwn.training.flags.defaults import megatron_defaults
 
 # Two tables of 40 MB and eight MLPs of 3 x 13 MB in fp32: 400 MB.
 CONFIG = VWNConfig(

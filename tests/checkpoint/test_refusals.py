@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from megatron_vwn_tools import convert
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_vwn.checkpoint import convert_cli as convert
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, write_torch_dist
 
 NAME = "experts, MTP"

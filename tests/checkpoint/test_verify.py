@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from megatron_vwn_tools import convert
 from safetensors.torch import load_file, save_file
+
+from megatron_vwn.checkpoint import convert_cli as convert
 
 
 @pytest.mark.parametrize("name", ["experts, MTP", "experts, MTP, bf16"])

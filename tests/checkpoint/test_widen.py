@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_vwn_tools.widen import main as vwn_widen
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -23,6 +22,7 @@ from transformers import (
 from megatron_vwn.checkpoint.folders import SafetensorsReader
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader
 from megatron_vwn.checkpoint.widen import from_hugging_face, widen
+from megatron_vwn.checkpoint.widen_cli import main as vwn_widen
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.hf import VWNForCausalLM
 

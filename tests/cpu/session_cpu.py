@@ -23,7 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.utils import get_batch_on_this_cp_rank  # noqa: E402
 from small_gpt import build, forward_backward, layout  # noqa: E402
 
-from megatron_vwn.training import wheel_fixes  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 
 SPLITS = {
     "dense": {
@@ -207,7 +207,7 @@ def overlap():
 
 def main():
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     results = {

@@ -9,9 +9,8 @@ from megatron_vwn import cpu
 
 cpu.install()
 
-from megatron_vwn_tools._recipe import load_recipe, recipe_names  # noqa: E402
-
-from megatron_vwn.training.simulated_world import simulated_world  # noqa: E402
+from megatron_vwn.planner.simulated_world import simulated_world  # noqa: E402
+from megatron_vwn.recipes.recipe import load_recipe, recipe_names  # noqa: E402
 
 # Everything that is held anywhere, added up: experts over EP 8 on one stage; stages, TP 2 and EP 8 together.
 SUMMED = ["moe-0.4b-4b", "moe-2.5b-25b"]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_vwn_tools import _tokenizer, prepare_data
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from megatron_vwn.data import __main__ as prepare_data
+from megatron_vwn.data import tokenizer as _tokenizer
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))

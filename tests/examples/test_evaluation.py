@@ -80,10 +80,10 @@ def main(arguments):
 
 def test_an_export_writes_what_is_not_there_and_stops_at_a_failure(tmp_path):
     # In a process with other tools of the same names; the real ones would turn this one's torch into an emulated GPU's.
-    package = tmp_path / "megatron_vwn_tools"
-    package.mkdir()
-    for name, target in (("__init__", 0), ("convert", 2), ("widen", 1)):
-        (package / f"{name}.py").write_text(TOOL.format(name=name, target=target))
+    package = tmp_path / "megatron_vwn" / "checkpoint"
+    package.mkdir(parents=True)
+    for name, target in (("convert", 2), ("widen", 1)):
+        (package / f"{name}_cli.py").write_text(TOOL.format(name=name, target=target))
     command = [sys.executable, str(QUICKSTART / "export.py"), "baseline", "wide"]
 
     def call():

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
 from heldout import Text, bits_per_byte, read_text, windows
-from megatron_vwn_tools.prepare_data import main as vwn_prepare_data
+
+from megatron_vwn.data.__main__ import main as vwn_prepare_data
 
 VOCABULARY = 11
 

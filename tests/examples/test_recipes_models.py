@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_vwn_tools._recipe import load_recipe, recipe_names
+
+from megatron_vwn.recipes.recipe import load_recipe, recipe_names
 
 # (m, n) of the paper's models, and what it states of their parameters, active and in all, in billions.
 PAPER = {

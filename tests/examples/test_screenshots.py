@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.ops.parameters import initial_pattern
-from megatron_vwn.training.monitoring_report import Report
-from megatron_vwn.training.snapshot import ConnectionStatistics, Place, Snapshot
+from megatron_vwn.training.monitoring.snapshot import ConnectionStatistics, Place, Snapshot
+from megatron_vwn.training.monitoring.writers import Report
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "study" / "screenshots.py"
 M, N, LAYERS = 2, 6, 4

@@ -6,7 +6,7 @@ from ops.connections import KINDS, PAIRS, connection, gradients, leaves, state_a
 
 from megatron_vwn.hf import VWNConfig
 from megatron_vwn.hf import modeling_vwn as hf
-from megatron_vwn.ops import composed, reference
+from megatron_vwn.ops import eager, reference
 
 # Against the reference, whose fp32 matrices are full: sums over n*E <= 512 terms, 6e-8 each.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -64,7 +64,7 @@ def test_output_and_gradients(m, n, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_is_that_of_training(kind):
-    """Rounded where ops.composed rounds, so all but a few values are bitwise the same."""
+    """Rounded where ops.eager rounds, so all but a few values are bitwise the same."""
     p = connection(2, 6, 64, **KINDS[kind], dtype=torch.bfloat16)
     h, y = (t.detach() for t in state_and_output(50, p, 64, dtype=torch.bfloat16))
     config = VWNConfig(**{**config_of(2, 6, **KINDS[kind]).to_dict(), "hidden_size": 128})
@@ -72,8 +72,8 @@ def test_bf16_is_that_of_training(kind):
     x, deviations = module.read(h.flatten(1))
     written = module.write(h.flatten(1), y, deviations)
     assert x.dtype == written.dtype == torch.bfloat16 and deviations.dtype == torch.float32
-    assert (x != composed.read(h, p)).float().mean() < 1e-2
-    assert (written != composed.write(h, y, p).flatten(1)).float().mean() < 1e-2
+    assert (x != eager.read(h, p)).float().mean() < 1e-2
+    assert (written != eager.write(h, y, p).flatten(1)).float().mean() < 1e-2
 
 
 def test_autocast_leaves_the_stream_alone():

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE, Case, stream  # noqa: E402
 
-from megatron_vwn.training import wheel_fixes  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 
 WINDOW = 3
 FAMILIES = {
@@ -69,7 +69,7 @@ def reached_by_first_token(case: Case) -> list[int]:
 
 def main(results: Path) -> None:
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     report = {"birth": {name: birth(case) for name, case in FAMILIES.items()}}
     report["reached"] = {
         name: reached_by_first_token(case)

@@ -26,10 +26,10 @@ from parallel import harness  # noqa: E402
 from parallel.cases import ALONE, TP2, TP2_SP, Case, Layout, stream  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.modules import fp8_linear  # noqa: E402
 from megatron_vwn.modules.embedding import Expansion  # noqa: E402
 from megatron_vwn.modules.reduction import Reduction  # noqa: E402
-from megatron_vwn.training import wheel_fixes  # noqa: E402
 
 PATTERN = "*-*-/*-"
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -194,7 +194,7 @@ CASES: dict[str, Callable[[], dict]] = {
 
 
 def main(results: Path) -> None:
-    wheel_fixes.apply()
+    apply_fixes()
     fp8_emulation.install()
     found = {}
     for name, case in CASES.items():

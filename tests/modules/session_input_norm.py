@@ -17,8 +17,8 @@ import torch  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE, TP2_SP, Case, stream  # noqa: E402
 
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.modules.norm import SharedNorm  # noqa: E402
-from megatron_vwn.training import wheel_fixes  # noqa: E402
 
 CASE = Case("*E-", stream(n=3, embedding="tiled", kernels="torch"))
 OVERRIDES = {
@@ -55,7 +55,7 @@ def shared(overrides: dict) -> list[bool]:
 
 def main(results: Path) -> None:
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     harness.initialize_groups(ALONE)
     parameters, wanted, loss, without = trained(ALONE, "torch")
     runs = {"without": without}

@@ -27,11 +27,11 @@ from parallel.cases import ALONE, Case, stream  # noqa: E402
 
 from megatron_vwn import ops  # noqa: E402
 from megatron_vwn.config import VirtualWidthConfig  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
+from megatron_vwn.modules.boundary import arrive, join_boundaries  # noqa: E402
 from megatron_vwn.modules.connection import Connection  # noqa: E402
-from megatron_vwn.modules.passage import arrive, join_boundaries  # noqa: E402
-from megatron_vwn.modules.stream_recompute import Block  # noqa: E402
-from megatron_vwn.ops import recomputed  # noqa: E402
-from megatron_vwn.training import wheel_fixes  # noqa: E402
+from megatron_vwn.modules.recompute import Block  # noqa: E402
+from megatron_vwn.ops.eager import recomputed  # noqa: E402
 
 # ------------------------------------------------------------------------------------------- gradients of a model
 
@@ -249,7 +249,7 @@ def leaving(**recompute) -> list[bool]:
 
 def main(results: Path) -> None:
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     harness.initialize_groups(ALONE)
     report = {
         "memory": {name: memory(*arguments) for name, arguments in MEMORY.items()},

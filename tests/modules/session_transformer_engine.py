@@ -19,9 +19,9 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE, Case, stream  # noqa: E402
 
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.modules.connection import Connection  # noqa: E402
 from megatron_vwn.modules.layers import branch_only  # noqa: E402
-from megatron_vwn.training import wheel_fixes  # noqa: E402
 
 WIDTH = stream(2, 8)
 DIMENSIONS = {"mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": 2, "mamba_num_heads": 8}
@@ -63,7 +63,7 @@ def report(pattern: str, overrides: dict) -> dict:
 
 
 def main(patterns: Path, results: Path) -> None:
-    wheel_fixes.apply()
+    apply_fixes()
     found = {}
     for name, (pattern, overrides) in json.loads(patterns.read_text()).items():
         # JSON knows no tuples, and a window is one.

@@ -8,13 +8,14 @@ from unittest.mock import patch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vwn import ops
-from megatron_vwn.ops import composed, recomputed
+from megatron_vwn.ops import eager
+from megatron_vwn.ops.eager import recomputed
 
 
 def _write_then_read(h_TNE, y_TD, p, following, input_norm=None):
-    next_TNE = composed.write(h_TNE, y_TD, p)
+    next_TNE = eager.write(h_TNE, y_TD, p)
     # Seen as another tensor, so that the parts of its gradient are added in the order in which they are unfused.
-    return next_TNE, composed.read(next_TNE.view_as(next_TNE), following, input_norm)
+    return next_TNE, eager.read(next_TNE.view_as(next_TNE), following, input_norm)
 
 
 @contextmanager

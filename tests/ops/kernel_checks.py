@@ -5,7 +5,7 @@ from ops.connections import connection, gradients, leaves, state_and_output
 from ops.kernel_cases import SWITCHES, Case
 
 from megatron_vwn.ops import InputNorm, reference
-from megatron_vwn.ops.kernels import connection as kernels
+from megatron_vwn.ops.kernels import autograd as kernels
 from megatron_vwn.ops.kernels.group_norm import group_norm
 
 # Sums over tokens of the same terms, which may cancel in one of them: their errors are measured against both.

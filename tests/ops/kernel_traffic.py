@@ -10,8 +10,8 @@ from ops.connections import connection, state_and_output
 from triton.runtime.interpreter import InterpreterBuilder
 
 from megatron_vwn.ops import InputNorm
-from megatron_vwn.ops.kernels import connection as kernels
-from megatron_vwn.ops.kernels.tiling import MAX_NORMED_SEGMENTS
+from megatron_vwn.ops.kernels import autograd as kernels
+from megatron_vwn.ops.kernels.geometry import MAX_NORMED_SEGMENTS
 
 _TOKENS, _SEGMENT = 5, 64
 

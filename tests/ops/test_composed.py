@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops.connections import KINDS, PAIRS, connection, gradients, leaves, state_and_output
 
-from megatron_vwn.ops import composed, reference
+from megatron_vwn.ops import eager, reference
 
 # fp64: rounding alone. fp32: sums over n*E <= 512 terms of rounding 6e-8 each.
 # bf16: inputs and outputs carry 2^-9 each; coefficients and sums are fp32.
@@ -22,7 +22,7 @@ def test_output_and_gradients(m, n, kind, dtype):
     segment, tokens = 8, 7
     p = connection(m, n, segment, **KINDS[kind], dtype=dtype)
     h, y = state_and_output(tokens, p, segment, dtype=dtype)
-    actual = {"x": composed.read(h, p), "h'": composed.write(h, y, p)}
+    actual = {"x": eager.read(h, p), "h'": eager.write(h, y, p)}
     inputs = {"h": h, "y": y, **leaves(p)}
     actual_gradients = gradients(actual.values(), inputs)
 
@@ -47,7 +47,7 @@ def test_bf16_keeps_what_the_stream_already_holds(carry):
     p = connection(2, 4, 32, carry=carry, dtype=torch.bfloat16, std=0.0)
     p = p._replace(routing_NK=torch.full_like(p.routing_NK, 1e-3))
     h, _ = (t.detach() for t in state_and_output(5, p, 32, dtype=torch.bfloat16))
-    change = composed.read(h, p).double() - h[:, :2].flatten(1).double()
+    change = eager.read(h, p).double() - h[:, :2].flatten(1).double()
     expected = (1e-3 * h.double().sum(1, keepdim=True)).expand(-1, 2, -1).flatten(1)
     # Rounding the sum to bf16 may lose at most half a unit in the last place of x.
     half_ulp = h[:, :2].flatten(1).double().abs() * 2.0**-8
@@ -58,9 +58,9 @@ def test_bf16_keeps_what_the_stream_already_holds(carry):
 def test_tiling_and_averaging_are_the_reference_matrices(m, n):
     x = torch.randn(3, m * 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     h = torch.randn(3, n, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(composed.tile(x.view(3, m, 4), n), reference.expand(x, None, m, n))
+    torch.testing.assert_close(eager.tile(x.view(3, m, 4), n), reference.expand(x, None, m, n))
     zero = torch.zeros(m * 4, n, 4, dtype=torch.float64)
-    torch.testing.assert_close(composed.average_copies(h, m).flatten(1), reference.reduce(h, zero, m))
+    torch.testing.assert_close(eager.average_copies(h, m).flatten(1), reference.reduce(h, zero, m))
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["rms", "layer"])
@@ -68,14 +68,14 @@ def test_group_norm(with_bias):
     generator = torch.Generator().manual_seed(0)
     h, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in [(5, 6, 4), (6, 4), (6, 4)])
     bias = bias if with_bias else None
-    actual = composed.group_norm(h, weight, bias, m=2, eps=1e-5, segment_size=4)
+    actual = eager.group_norm(h, weight, bias, m=2, eps=1e-5, segment_size=4)
     torch.testing.assert_close(actual, reference.group_norm(h, weight, bias, 2, 1e-5), rtol=1e-12, atol=1e-12)
 
 
 def test_empty_and_non_contiguous_inputs():
     p = connection(2, 6, 4)
     h, y = (t.detach() for t in state_and_output(4, p, 4))
-    assert composed.write(h[:0], y[:0], p).shape == (0, 6, 4) and composed.read(h[:0], p).shape == (0, 8)
+    assert eager.write(h[:0], y[:0], p).shape == (0, 6, 4) and eager.read(h[:0], p).shape == (0, 8)
     strided = h.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
-    torch.testing.assert_close(composed.write(strided, y, p), composed.write(h, y, p), rtol=0, atol=0)
+    torch.testing.assert_close(eager.write(strided, y, p), eager.write(h, y, p), rtol=0, atol=0)

@@ -48,7 +48,10 @@ def test_every_check_is_known(report):
 
 def test_a_new_number_of_tokens_compiles_nothing():
     """Triton compiles again for an argument that is 1 or a multiple of 16, unless it is told not to."""
-    from megatron_vwn.ops.kernels import group_norm, read_kernels, write_kernels, write_read_kernels
+    from megatron_vwn.ops.kernels import group_norm
+    from megatron_vwn.ops.kernels import read as read_kernels
+    from megatron_vwn.ops.kernels import write as write_kernels
+    from megatron_vwn.ops.kernels import write_read as write_read_kernels
 
     modules = (read_kernels, write_kernels, write_read_kernels, group_norm)
     kernels = {

@@ -38,8 +38,8 @@ from parallel.generation import generation  # noqa: E402
 from parallel.harness import expect  # noqa: E402
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.ops.ngrams import ngram_rows  # noqa: E402
-from megatron_vwn.training import wheel_fixes  # noqa: E402
 
 # (loss, gradient). fp32: sums over 128 tokens, and through 8 sublayers over ranks, in another order. bf16: one rounding
 # is up to 4e-3, and a gradient has passed some forty of them, summed as their squares; a missing sum over ranks is 0.3.
@@ -348,7 +348,7 @@ def record(report: Path, outcome: dict) -> None:
 
 def main(report: Path, wanted: list[str]) -> None:
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     harness.initialize_groups(ALONE)
     assert torch.distributed.get_world_size() == RANKS
     for name in wanted or CHECKS:

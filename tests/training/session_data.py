@@ -19,8 +19,8 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.training.data import forward_step, get_batch, train_valid_test_datasets_provider
-from megatron_vwn.training.data_checks import check_vocabulary
+from megatron_vwn.training.batch import forward_step, get_batch, train_valid_test_datasets_provider
+from megatron_vwn.training.refusals.data import check_vocabulary
 
 SEQUENCE = 16
 LAYOUTS = {

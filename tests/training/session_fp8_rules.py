@@ -18,8 +18,8 @@ cpu.install(announce=False)
 import torch  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.training import fp8_rules  # noqa: E402
-from megatron_vwn.training.refusals import refuse_unsupported  # noqa: E402
+from megatron_vwn.training.refusals import fp8 as fp8_rules  # noqa: E402
+from megatron_vwn.training.refusals.flags import refuse_unsupported  # noqa: E402
 from megatron_vwn.training.run import parse_flags  # noqa: E402
 
 

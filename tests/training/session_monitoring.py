@@ -25,10 +25,10 @@ from parallel.harness import expect  # noqa: E402
 from training.test_monitoring import LAYOUTS  # noqa: E402
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.ops import reference  # noqa: E402
-from megatron_vwn.training import wheel_fixes  # noqa: E402
-from megatron_vwn.training.monitoring import Monitor  # noqa: E402
-from megatron_vwn.training.snapshot import Place, Snapshot  # noqa: E402
+from megatron_vwn.training.monitoring.monitor import Monitor  # noqa: E402
+from megatron_vwn.training.monitoring.snapshot import Place, Snapshot  # noqa: E402
 
 # Sums in another order, and in fp32 where the reference has fp64.
 TOLERANCE = 1e-5
@@ -227,7 +227,7 @@ def harness_data_parallel(layout: Layout) -> int:
 
 def main(report: Path, wanted: list[str]) -> None:
     torch.set_num_threads(1)
-    wheel_fixes.apply()
+    apply_fixes()
     harness.initialize_groups(ALONE)
     for name in wanted or LAYOUTS:
         try:

@@ -18,8 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.training.models import hybrid  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError  # noqa: E402
-from megatron_vwn.training import folder_checks, model_config, resume, run  # noqa: E402
-from megatron_vwn.training.stage_rules import stages_of_ranks  # noqa: E402
+from megatron_vwn.training import model as model_config  # noqa: E402
+from megatron_vwn.training import run  # noqa: E402
+from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
+from megatron_vwn.training.refusals import folders as folder_checks  # noqa: E402
+from megatron_vwn.training.refusals.stages import stages_of_ranks  # noqa: E402
 
 
 def prepare(argv):

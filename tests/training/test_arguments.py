@@ -5,8 +5,8 @@ import argparse
 import pytest
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
-from megatron_vwn.training.arguments import add_arguments, record_virtual_width, typed, virtual_width_from_args
-from megatron_vwn.training.machine_flags import complete_command_line, describe, needed_flags
+from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
+from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, typed, virtual_width_from_args
 
 
 def parse(*argv):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_vwn_tools.prepare_data import main
 from tokenizers import Tokenizer
+
+from megatron_vwn.data.__main__ import main
 
 SEQUENCE, MICRO_BATCH, EVAL_MICRO_BATCH, VOCABULARY = 16, 2, 3, 280
 # Every document begins with its number and differs from the others everywhere, so that text shows where it is from.
@@ -168,7 +169,7 @@ def flags(**changed):
 
 
 def test_prefixes_of_every_kind_of_flag(tmp_path):
-    from megatron_vwn.training.data_checks import data_prefixes
+    from megatron_vwn.training.refusals.data import data_prefixes
 
     listed, per_split = tmp_path / "list.txt", tmp_path / "splits.json"
     listed.write_text("0.25 a\n0.75 b\n")
@@ -207,7 +208,7 @@ def test_prefixes_of_every_kind_of_flag(tmp_path):
 )
 def test_refused_flags(changed, sentence, tmp_path, monkeypatch):
     from megatron_vwn.config import VirtualWidthError
-    from megatron_vwn.training.data_checks import check_data
+    from megatron_vwn.training.refusals.data import check_data
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VirtualWidthError, match=sentence) as refusal:
@@ -224,7 +225,7 @@ def test_flags_that_are_refused_exist_in_megatron(monkeypatch):
 
 def test_indices_of_older_data_are_refused(corpus, tmp_path):
     from megatron_vwn.config import VirtualWidthError
-    from megatron_vwn.training.data_checks import check_data
+    from megatron_vwn.training.refusals.data import check_data
 
     prefix = f"{corpus}_valid"
     args = flags(data_path=[prefix], data_cache_path=str(tmp_path))
@@ -244,7 +245,7 @@ def test_vocabulary_of_a_tokenizer_that_knows_only_ids(corpus):
     from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
     from megatron_vwn.config import VirtualWidthError
-    from megatron_vwn.training.data_checks import check_vocabulary
+    from megatron_vwn.training.refusals.data import check_vocabulary
 
     check_vocabulary(f"{corpus}_train", NullTokenizer(VOCABULARY))
     with pytest.raises(VirtualWidthError, match="280 tokens and the tokenizer of this run has 279"):

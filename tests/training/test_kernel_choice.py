@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
-from megatron_vwn.training.kernel_choice import describe_kernels
+from megatron_vwn.training.refusals.kernels import describe_kernels
 
 ONE_RANK = Namespace(tensor_model_parallel_size=1, sequence_parallel=False)
 WIDTH = Namespace(tensor_model_parallel_size=2, sequence_parallel=False)

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_vwn.training import layer_rules
+from megatron_vwn.training.refusals import layers as layer_rules
 
 FLAGS = {
     "hybrid_layer_pattern": "*-",

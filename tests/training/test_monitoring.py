@@ -10,7 +10,7 @@ import pytest
 import torch
 from parallel.cases import FULL_RECOMPUTE, NGRAMS, PP2, PP2_VPP2, RANKS, SELECTIVE, TP2, TP2_SP, Case, Layout, stream
 
-from megatron_vwn.training.depth_window import (
+from megatron_vwn.training.monitoring.depth import (
     carry_gains,
     depth_windows,
     independent_directions,

@@ -9,10 +9,11 @@ import torch
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops.parameters import initial_pattern
-from megatron_vwn.training import monitoring_scalars, routing_images
-from megatron_vwn.training.arguments import add_arguments, virtual_width_from_args
-from megatron_vwn.training.monitoring_report import Report, check_monitoring
-from megatron_vwn.training.snapshot import ConnectionStatistics, Place, Snapshot
+from megatron_vwn.training.flags.vwn import add_arguments, virtual_width_from_args
+from megatron_vwn.training.monitoring import images as routing_images
+from megatron_vwn.training.monitoring import scalars as monitoring_scalars
+from megatron_vwn.training.monitoring.snapshot import ConnectionStatistics, Place, Snapshot
+from megatron_vwn.training.monitoring.writers import Report, check_monitoring
 
 LAYERS, FURTHER = 8, 2
 
@@ -196,7 +197,7 @@ def test_the_flag_and_where_it_writes(monkeypatch):
         check_monitoring(SimpleNamespace(**vars(nowhere) | of_a_writer), width)
     with pytest.raises(VirtualWidthError, match="nowhere to write: add --tensorboard-dir or --wandb-project"):
         check_monitoring(nowhere, width)
-    monkeypatch.setattr("megatron_vwn.training.monitoring_report.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_vwn.training.monitoring.writers.find_spec", lambda name: None)
     with pytest.raises(VirtualWidthError, match="needs the package tensorboard"):
         check_monitoring(SimpleNamespace(tensorboard_dir="runs", wandb_project=""), width)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_vwn.training.stage_rules import logs_router_losses, rank_without_experts, stages_of_ranks
+from megatron_vwn.training.refusals.stages import logs_router_losses, rank_without_experts, stages_of_ranks
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,6 @@ def test_which_routers_have_losses_that_are_logged(balancing, coefficients, z_lo
 
 
 def test_it_needs_neither_torch_nor_megatron():
-    code = "import sys, megatron_vwn.training.stage_rules; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
+    code = "import sys, megatron_vwn.training.refusals.stages; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

@@ -12,7 +12,7 @@ and the last walk over E makes each chunk of s X again. Suffixes as in ``ops.ker
 import triton
 import triton.language as tl
 
-from megatron_vwn.ops.kernels.tiles import (
+from megatron_vwn.ops.kernels.device import (
     add_backbone_weight,
     dot,
     load_backbone,

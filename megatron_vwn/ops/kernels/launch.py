@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_vwn.ops.kernels.tiling import Geometry
+from megatron_vwn.ops.kernels.geometry import Geometry
 
 # Enough programs to keep a GPU's memory busy while each still owns its sums; without a GPU, enough to be several.
 _PROGRAMS_PER_MULTIPROCESSOR = 2

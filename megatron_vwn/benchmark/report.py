@@ -1,0 +1,108 @@
+"""The table that a benchmark prints and the file that it writes."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_vwn.benchmark import machine
+from megatron_vwn.config import VirtualWidthError
+
+SCHEMA = 1
+# What a result can be; only "measured" has times.
+STATUSES = ("measured", "missing", "disagrees", "failed")
+RESULTS = Path(__file__).parent / "results"
+
+
+def report(mode: str, device, arguments: Sequence[str], settings: dict, results: list[dict], *, commit: str | None):
+    """Everything that the file says.
+
+    Args:
+        mode: the subcommand.
+        device: torch's.
+        arguments: the command line.
+        settings: what applies to all results, such as measured rates.
+        results: one dictionary per row: what was run, ``status``, ``reason`` unless measured, ``seconds`` if measured.
+        commit: see ``machine.commit``.
+    """
+    return {
+        "program": "vwn-benchmark",
+        "schema": SCHEMA,
+        "mode": mode,
+        "arguments": list(arguments),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(),
+        "commit": machine.commit(commit),
+        "settings": settings,
+        "results": results,
+    }
+
+
+def choose_path(output: Path | None, mode: str, device, *, committed: bool, overwrite: bool) -> Path:
+    """Where the file goes; refused before anything is measured.
+
+    Args:
+        output: what the user typed.
+        mode: the subcommand.
+        device: torch's.
+        committed: whether the file belongs among those of the repository.
+        overwrite: whether an existing file may be replaced.
+    """
+    name = f"{mode}-{re.sub('[^a-z0-9]+', '-', machine.device_name(device).lower()).strip('-')}.json"
+    path = output or (RESULTS / name if committed else Path("results") / name)
+    if path.is_dir():
+        raise VirtualWidthError(f"--output {path} is a folder: give the path of a file.")
+    if path.exists() and not overwrite:
+        raise VirtualWidthError(f"{path} exists: choose another --output or add --overwrite.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VirtualWidthError(f"--output {path} cannot be written ({error.strerror}): choose another.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise VirtualWidthError(f"--output {path} cannot be written: choose a folder that can.")
+    return path
+
+
+def write(path: Path, content: dict) -> None:
+    """Write JSON that appears whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned: the first ones to the left, those that hold numbers to the right."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    numeric = [all(re.match(r"[-+]?\d|$", row[i]) for row in cells[1:]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: dict | None) -> list[str]:
+    """Median and the two deciles of a result, or blanks."""
+    if seconds is None:
+        return ["", ""]
+    median, low, high = (f"{1e3 * seconds[key]:.3f}" for key in ("median", "low", "high"))
+    return [median, f"{low} to {high}"]
+
+
+def exit_code(results: list[dict]) -> int:
+    """1 if a variant disagrees or failed; one that is missing is no error."""
+    return int(any(result["status"] in ("disagrees", "failed") for result in results))

@@ -1,0 +1,108 @@
+"""Repairs of how megatron-core 0.19 saves and loads its distributed optimizer for another layout.
+
+Both faults are Megatron's own, with and without a virtual width, and whatever optimizer is installed. The first is
+silent: training is right, the file is not.
+"""
+
+from functools import cache, wraps
+
+import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megatron_vwn.megatron_fixes.contract import expect_function
+
+
+@cache  # once in a process
+def save_states_where_parameters_lie() -> None:
+    """Let ``--dist-ckpt-optim-fully-reshardable`` save each parameter's own state where buckets are padded.
+
+    Megatron gathers the buckets of a buffer without the padding between them, and cuts out each parameter's state where
+    the parameter lies with it. An embedding that two pipeline stages have (further predictions, tied weights) has a
+    bucket of its own, and what lies behind a padded bucket was saved shifted.
+    """
+    sharded = expect_function(
+        DistributedOptimizer,
+        "sharded_param_state_fully_reshardable",
+        *("self", "model_sharded_state_dict", "is_loading", "metadata"),
+    )
+    expect_function(
+        DistributedOptimizer,
+        "get_parameter_state_dp_zero",
+        *("self", "use_gloo_comm", "empty_data", "return_on_all_ranks"),
+    )
+
+    @wraps(sharded)
+    def sharded_with_padding(self, *args, **kwargs):
+        gather = self.get_parameter_state_dp_zero
+
+        def gather_with_padding(**how):
+            state = gather(**how)
+            for i, buffer in enumerate(self.buffers if state is not None else ()):
+                for dtype, tensors in state[i].items():
+                    state[i][dtype] = {
+                        key: _with_padding(value, buffer) if isinstance(value, torch.Tensor) else value
+                        for key, value in tensors.items()
+                    }
+            return state
+
+        self.get_parameter_state_dp_zero = gather_with_padding
+        try:
+            return sharded(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_with_padding
+
+
+def _with_padding(compact: torch.Tensor, buffer: _ParamAndGradBuffer) -> torch.Tensor:
+    """Buckets that follow each other without padding, put where they lie in the buffer."""
+    padded, start = compact.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = compact[start:end]
+        start = end
+    return padded
+
+
+@cache
+def load_experts_of_other_groups() -> None:
+    """Let a checkpoint move experts between the dense layers' data-parallel group and one of their own (EP1, EP2).
+
+    In the second case Megatron chains two optimizers and saves their parameter groups under numbers; it loads neither
+    arrangement into the other, although the tensors are the same.
+    """
+    load = expect_function(ChainedOptimizer, "load_state_dict", "self", "state_dict")
+
+    @wraps(load)
+    def load_either(self, state_dict):
+        if isinstance(state_dict, dict):
+            state_dict = _arranged(state_dict, self.chained_optimizers)
+        load(self, state_dict)
+
+    ChainedOptimizer.load_state_dict = load_either
+
+
+def _arranged(state_dict: dict, optimizers: list) -> dict:
+    """The state of one or of several optimizers as these want it."""
+    numbered = {key: value for key, value in state_dict.items() if isinstance(key, int)}
+    common = {key: value for key, value in state_dict.items() if key not in numbered}
+    if len(optimizers) == 1 and numbered and "optimizer" not in common:
+        groups = [group for part in numbered.values() for group in part["optimizer"]["param_groups"]]
+        return {**numbered[0], "optimizer": _groups_of(groups, experts=False), **common}
+    if len(optimizers) > 1 and "optimizer" in common:
+        groups = common["optimizer"]["param_groups"]
+        return {
+            i: {
+                **common,
+                "optimizer": _groups_of(groups, experts=optimizer.param_groups[0]["is_expert_parallel"]),
+                **numbered.get(i, {}),
+            }
+            for i, optimizer in enumerate(optimizers)
+        }
+    return state_dict
+
+
+def _groups_of(groups: list[dict], *, experts: bool) -> dict:
+    return {"param_groups": [{**group, "is_expert_parallel": experts} for group in groups]}

@@ -1,0 +1,1 @@
+"""Memory, time and layouts of a run before it starts, by arithmetic (``vwn-plan``)."""

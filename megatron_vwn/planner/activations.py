@@ -1,0 +1,156 @@
+"""Bytes that one micro-batch keeps for the backward pass, by sublayer: what autograd saves, counted by hand.
+
+Two kinds of layers. ``fused`` are Transformer Engine's with FlashAttention and our kernels, as on a GPU: the formulas
+of "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198) for grouped queries, gated MLPs
+and experts. ``local`` are Megatron's of plain torch, as on a CPU: norms keep two fp32 copies, attention its
+probabilities, and a connection composed of torch operations fp32 copies of its state. Tests measure the local ones;
+nobody has measured the fused ones, which differ by the terms marked below.
+
+Per token, bf16, D hidden, q and k the channels of all query and key heads, F of an MLP; T all tokens of a
+tensor-parallel group, t those that one rank holds between sublayers (T / TP under sequence parallelism):
+
+    norm        fused 2D + 4: X and 1/rms           local 8D + 4                                         of t
+    its output  2D, the input of the products                                                            of t
+    attention   normed q and k: 2(q + 2k) + 4 per head for the heads before, 2(q + k) for those after rotation (local:
+                8(q + k), and rotated 2 * 3q with keys and values repeated per query head), output 2q, and
+                fused 4 per head (log of sums) / local 2 * heads * sequence (probabilities)              of T / TP
+    MLP         2 * 2F before the gate, 2F after it (ungated 2F + 2F)                                    of T / TP
+    MoE         shared expert as an MLP, of T / TP; router and k copies of each token, see ``_moe``       of t
+"""
+
+import math
+
+from megatron_vwn.ops.costs import kept_stream_bytes
+from megatron_vwn.planner.shape import Shape
+
+# Formulas of Transformer Engine, FlashAttention and our kernels, or of plain torch.
+BACKENDS = ("fused", "local")
+
+
+def sublayer_bytes(symbol: str, shape: Shape, backend: str) -> float:
+    """Of one sublayer without its connection, with selective recompute if the shape has it."""
+    recomputed = set(shape.modules) if shape.granularity == "selective" else set()
+    norm = _norm(shape.hidden, backend) * shape.own_tokens
+    normed = 2 * shape.hidden * shape.own_tokens
+    if symbol == "*":
+        inside = _attention(shape, backend, "core_attn" in recomputed)
+    elif symbol == "-":
+        inside = 0 if "mlp" in recomputed else _mlp(shape, shape.ffn) * shape.tokens / shape.tensor
+    else:
+        inside = 0 if "moe" in recomputed else _moe(shape, recomputed)
+    # Transformer Engine has the norms of attention and MLP in one module with the products: not recomputed.
+    return norm + inside + (0 if "layernorm" in recomputed and symbol == "E" else normed)
+
+
+def _norm(channels: int, backend: str, groups: int = 1) -> int:
+    return (8 if backend == "local" else 2) * channels + 4 * groups
+
+
+def _attention(shape: Shape, backend: str, core_recomputed: bool) -> float:
+    q, k = shape.heads * shape.head_channels, shape.groups * shape.head_channels
+    heads = shape.heads + shape.groups
+    if backend == "local":
+        scores = 0 if core_recomputed else 2 * shape.heads * shape.sequence // shape.context
+        before = 8 * (q + k) + 4 * heads if shape.qk_norm else 0
+        rotation = 8 * shape.head_channels * shape.sequence // shape.context
+        return (before + 6 * q + scores + 2 * q) * shape.tokens / shape.tensor + rotation
+    before = 2 * (q + k) + 4 * heads if shape.qk_norm else 0
+    return (before + 2 * (q + 2 * k) + 2 * q + 4 * shape.heads) * shape.tokens / shape.tensor
+
+
+def _mlp(shape: Shape, ffn: int) -> int:
+    return (6 if shape.gated else 4) * ffn
+
+
+def _moe(shape: Shape, recomputed: set[str]) -> float:
+    """Router, per token: logits and scores in fp32 for two losses, 4E + 4E + 4, the choice of k as numbers (8k thrice)
+    and weights (4k twice), and the order in which tokens go to experts, 8E. Each of a token's k copies: 2D, the
+    expert's MLP, a weight of 4."""
+    experts, k = shape.experts, shape.top_k
+    router = 16 * experts + 4 + 32 * k
+    act = 2 * shape.expert_ffn if "moe_act" in recomputed else 0
+    copies = k * (2 * shape.hidden + _mlp(shape, shape.expert_ffn) - act + 4)
+    shared = 0 if "shared_experts" in recomputed else _mlp(shape, shape.shared_ffn) * shape.tokens / shape.tensor
+    return (router + copies) * shape.own_tokens + shared
+
+
+def connection_bytes(shape: Shape, backend: str, connections: int) -> float:
+    """The stream that this many connections in a row keep, with the blocks of stream recompute if the shape has them.
+
+    fused: ``ops.costs.kept_stream_bytes``, H and Y of each; in blocks of k, H of each block and Y of each sublayer, and
+    X of each later block, while all other X, which the sublayers' norms counted, are let go. local: fp32 copies of H
+    and of coefficients per connection; in blocks the same as fused, but that no X is fused with a write.
+    """
+    if shape.width is None or not connections:
+        return 0
+    width, tokens = shape.width, shape.own_tokens
+    over = shape.stream_channels
+    share = over / width.over_width
+    if shape.block is None:
+        if backend == "fused":
+            return tokens * kept_stream_bytes(width, connections) * share
+        return connections * _composed_bytes(shape)
+    blocks = math.ceil(connections / shape.block)
+    kept = blocks * over + connections * width.hidden_size * share
+    if backend == "fused":
+        kept -= (connections - blocks + 1) * width.hidden_size
+    return 2 * tokens * kept
+
+
+def rebuilding_bytes(shape: Shape, backend: str, connections: int) -> float:
+    """What the backward pass of one block rebuilds: k - 1 states, and X with them (fused) or one by one (local)."""
+    if shape.width is None or shape.block is None or not connections:
+        return 0
+    others = min(shape.block, connections) - 1
+    over, hidden = shape.stream_channels, shape.hidden
+    return 2 * shape.own_tokens * (others * (over + hidden) if backend == "fused" else others * over + hidden)
+
+
+def _composed_bytes(shape: Shape) -> float:
+    """One connection of ``ops.eager`` without stream recompute: H in fp32 four times, Y once, and coefficients."""
+    width, tokens = shape.width, shape.own_tokens
+    n, m, columns = width.n, width.m, width.num_carry + width.m
+    coefficients = 4 * n * (3 + 3 * m) + 4 * n * (3 + 3 * columns) if width.dynamic else 0
+    copies = 16 if width.dynamic else 8
+    return tokens * (copies * width.over_width + 4 * width.hidden_size + coefficients)
+
+
+def edge_bytes(shape: Shape, backend: str, *, first: bool, last: bool) -> dict[str, float]:
+    """What the ends of the model keep beside their sublayers.
+
+    Returns:
+        "embedding", "end" (reduction and final norm), "predictions" (fusions, reductions and norms of further
+        predictions, without their sublayers) and "head" (inputs and losses of all heads).
+    """
+    own, wide = shape.own_tokens, shape.width is not None
+    projected = wide and shape.virtual_width.embedding == "projected"
+    look_up = 8 * shape.tokens + 2 * shape.hidden * own * projected
+    depths = len(shape.predictions) if last else 0
+    end = (_norm(shape.hidden, backend) + (_reduction(shape, backend) if wide else 0)) * own
+    if wide:
+        groups = shape.over_width // shape.hidden if shape.over_width % shape.hidden == 0 else 1
+        fusion = 2 * _norm(shape.over_width, backend, groups) + 4 * shape.over_width
+    else:
+        fusion = 2 * _norm(shape.hidden, backend) + 4 * shape.hidden
+    # Megatron's full recompute of a prediction's layer takes its fusion in, and the ordinary layer's last norm.
+    again = shape.granularity == "full" and shape.method == "uniform"
+    prediction = look_up + (0 if again else fusion * own) + (0 if again and not wide else end)
+    return {
+        "embedding": look_up if first else 0,
+        "end": end if last else 0,
+        "predictions": depths * prediction,
+        "head": (1 + depths) * (2 * shape.hidden * own + _loss(shape) * shape.tokens) if last else 0,
+    }
+
+
+def _reduction(shape: Shape, backend: str) -> float:
+    """The group norm, and its output, which W_reduce multiplies; without a norm H itself."""
+    kept = 2 * shape.over_width
+    if not shape.virtual_width.reduce_norm:
+        return kept
+    return kept + _norm(shape.over_width, backend, shape.over_width // shape.hidden)
+
+
+def _loss(shape: Shape) -> float:
+    """Per token: probabilities in fp32 (with a fused loss logits, whose gradient takes their place) and the target."""
+    return (2 if shape.fused_loss else 4) * shape.vocabulary / shape.tensor + 9

@@ -1,0 +1,1 @@
+"""Recipes: readable YAML files that become the command line of a training run."""

@@ -1,0 +1,228 @@
+"""Recipes: from a readable YAML to the argument list of ``megatron_vwn.training.pretrain``.
+
+A recipe has sections (``SECTIONS``) whose keys are flags of Megatron or of the virtual width without their dashes, and
+a few of the launcher's own (``OWN``). ``base: other.yaml`` takes everything from another recipe first; null removes a
+key. Nothing here imports torch or Megatron, so that a login node can read a recipe.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.recipes.flags import SECTIONS, Value, parse_overrides, read_yaml, typed
+from megatron_vwn.recipes.layout import check_layout, hybrid_pattern
+from megatron_vwn.recipes.shrink import shrink_recipe
+
+# In a checkout, and where the wheel has them (setup.py).
+_PLACES = (Path(__file__).parents[2] / "examples" / "recipes", Path(__file__).parent / "yaml")
+FOLDER = next((place for place in _PLACES if place.is_dir()), _PLACES[-1])
+# Keys that are no flags of the training program.
+OWN = {
+    "layers": "model",
+    "mtp": "model",
+    "nodes": "layout",
+    "gpus-per-node": "layout",
+    "stages-per-rank": "layout",
+    "layers-per-stage": "layout",
+    "max-restarts": "resilience",
+    "max-agent-restarts": "resilience",
+    "in-job-restart": "resilience",
+}
+_OTHER_KEYS = ("base", "stated")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, described; immutable.
+
+    Attributes:
+        name: of the file, with ``-baseline`` for the twin without a virtual width.
+        sections: key to value, by section.
+        stated: what the paper, or we, say of the backbone's parameters: ``active``, ``total``, ``by``.
+        overridden: keys that did not come from the file.
+    """
+
+    name: str
+    sections: dict[str, dict[str, Value]]
+    stated: dict[str, float | str]
+    overridden: frozenset[str] = frozenset()
+
+    def get(self, key: str, default: Value = None) -> Value:
+        """The value of a key, in whatever section it is."""
+        for section in self.sections.values():
+            if section.get(key) is not None:
+                return section[key]
+        return default
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """The value of a key that must be a whole number of at least 1.
+
+        Raises:
+            VirtualWidthError: it is something else, or missing without a default.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            said = "missing" if value is None else repr(value)
+            raise VirtualWidthError(f"{key} of {self.name} is {said}: give a whole number of at least 1.")
+        return value
+
+    @property
+    def baseline(self) -> bool:
+        """Whether the model has no virtual width."""
+        return all(value in (None, False) for value in self.sections["virtual_width"].values())
+
+    @property
+    def world_size(self) -> int:
+        """GPUs of the run (processes, where there are none)."""
+        return self.number("nodes") * self.number("gpus-per-node")
+
+    def with_values(self, values: Mapping[str, Value]) -> "Recipe":
+        """The recipe with other values; a key that no section has yet goes to the section ``run``."""
+        sections = {name: dict(section) for name, section in self.sections.items()}
+        for key, value in values.items():
+            sections[self._section_of(key)][key] = value
+        return replace(self, sections=sections)
+
+    def without_virtual_width(self) -> "Recipe":
+        """The twin: the same but for the virtual width, and its own name."""
+        if self.baseline:
+            return self
+        return replace(self, name=f"{self.name}-baseline", sections=self.sections | {"virtual_width": {}})
+
+    def _section_of(self, key: str) -> str:
+        for name, section in self.sections.items():
+            if key in section:
+                return name
+        return OWN.get(key) or ("virtual_width" if key.startswith("vwn-") else "run")
+
+    def arguments(self, *, transformer_engine: bool) -> list[str]:
+        """Flags for ``python -m megatron_vwn.training.pretrain``, each with its name.
+
+        Args:
+            transformer_engine: whether a GPU and Transformer Engine are there; otherwise the section ``gpu`` is left
+                out.
+        """
+        words = []
+        for name, section in self.sections.items():
+            if name == "gpu" and not transformer_engine:
+                # What somebody asked for is passed on, so that the training program can say why it cannot be had.
+                section = {key: value for key, value in section.items() if key in self.overridden}
+            flags = {key: value for key, value in section.items() if key not in OWN and key != "hybrid-layer-pattern"}
+            if name == "model":
+                flags = {"hybrid-layer-pattern": hybrid_pattern(self)} | flags
+            for key, value in flags.items():
+                words += typed(key, value.replace("{name}", self.name) if isinstance(value, str) else value)
+        return words
+
+
+def recipe_names(folder: Path = FOLDER) -> list[str]:
+    """Names of the recipes that come with a source checkout."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "common")
+
+
+def load_recipe(
+    name: str,
+    overrides: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    *,
+    baseline: bool = False,
+    shrink: int = 1,
+    folder: Path = FOLDER,
+) -> Recipe:
+    """A recipe as it is to be run: with overrides, at its size, and with a layout that divides.
+
+    Args:
+        name: a recipe's name, or the path of a YAML file.
+        overrides: ``key=value``.
+        flags: flags of the training program, which override too.
+        baseline: leave the virtual width out, and nothing else.
+        shrink: the factor by which sizes are divided, for one CPU (``shrink_recipe``); 1 leaves the recipe alone.
+        folder: where names are looked up.
+
+    Raises:
+        VirtualWidthError: a wrong name, value or layout; names of flags are not looked at (``check_flags``).
+    """
+    recipe = read_recipe(name, folder)
+    values = parse_overrides(overrides, flags, OWN)
+    if baseline:
+        asked = [key for key in values if key.startswith("vwn-")]
+        if asked:
+            raise VirtualWidthError(f"the baseline has no virtual width: drop {asked[0]} or --baseline.")
+        recipe = recipe.without_virtual_width()
+    recipe = replace(recipe.with_values(values), overridden=frozenset(values))
+    if shrink != 1:
+        recipe = shrink_recipe(recipe, shrink)
+    check_layout(recipe)
+    return recipe
+
+
+def read_recipe(name: str, folder: Path = FOLDER) -> Recipe:
+    """Read a recipe by name, or any YAML file by path.
+
+    Raises:
+        VirtualWidthError: no such recipe, or no readable one.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{name}.yaml"
+        if name not in recipe_names(folder):
+            raise VirtualWidthError(_unknown_recipe(name, folder))
+    elif not path.is_file():
+        raise VirtualWidthError(f"there is no recipe {name}: give the path of a YAML file, or a recipe's name.")
+    content = _read(path, ())
+    stated = {key: _stated(key, value, path) for key, value in content.pop("stated", {}).items()}
+    return Recipe(path.stem, {section: content.get(section) or {} for section in SECTIONS}, stated)
+
+
+def _stated(key: str, value: Value, path: Path) -> float | str:
+    if key == "by":
+        return str(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise VirtualWidthError(f"{path} states {key} {value!r}: give a number of parameters.") from None
+
+
+def _unknown_recipe(name: str, folder: Path) -> str:
+    names = recipe_names(folder)
+    if not names:
+        return f"there is no recipe {name}: recipes come with a source checkout, so give the path of a YAML file."
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"there is no recipe {name}: did you mean {near[0]}?"
+    return f"there is no recipe {name}: choose one of {', '.join(names)}."
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, dict]:
+    """A file's content on top of its base's."""
+    try:
+        content = read_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise VirtualWidthError(f"{path} cannot be read as YAML ({reason}): correct it.") from None
+    if not isinstance(content, dict):
+        raise VirtualWidthError(f"{path} is no recipe: it needs the sections {', '.join(SECTIONS)}.")
+    for name, section in content.items():
+        if name not in (*SECTIONS, *_OTHER_KEYS):
+            raise VirtualWidthError(
+                f"{path} has a section {name!r}: write keys into one of the sections {', '.join(SECTIONS)}."
+            )
+        if name != "base" and not isinstance(section, dict):
+            raise VirtualWidthError(f"the section {name} of {path} is no list of keys with values: correct it.")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    source = path.parent / str(base)
+    if source in (path, *readers):
+        raise VirtualWidthError(f"{path} has itself as its base: drop base.")
+    if not source.is_file():
+        raise VirtualWidthError(f"{path} has the base {base}, which is not there: correct it.")
+    return _merge(_read(source, (path, *readers)), content)
+
+
+def _merge(below: dict[str, dict], above: dict[str, dict]) -> dict[str, dict]:
+    return {name: below.get(name, {}) | above.get(name, {}) for name in below | above}

@@ -1,0 +1,1 @@
+"""Does width pay: variants of a model times seeds, trained, resumed and compared (``vwn-study``)."""

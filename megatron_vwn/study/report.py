@@ -1,0 +1,143 @@
+"""The report of a study as a folder: Markdown, one HTML file, CSV and plots, which appears when it is complete."""
+
+import csv
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.study.compare import AXES, Comparison, compare
+from megatron_vwn.study.document import as_html, as_markdown
+from megatron_vwn.study.events import LoggedRun, find_runs
+from megatron_vwn.study.folder import RECORD, STUDY, read_json
+from megatron_vwn.study.plots import draw
+from megatron_vwn.study.text import document
+
+
+def write_report(folders: Sequence[Path], output: Path, baseline: str | None, command: str) -> list[str]:
+    """Read runs and write a report about them, whole or not at all; an older report there is replaced.
+
+    Args:
+        folders: of a study, or any with event files below.
+        output: folder of the report.
+        baseline: its name; None for a study's own, or the only variant without a virtual width.
+        command: what is stated in the report.
+
+    Returns:
+        Lines for the screen.
+
+    Raises:
+        VirtualWidthError: no runs, no baseline, nothing that can be compared, or no place for the report.
+    """
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "report.md").exists())):
+        raise VirtualWidthError(f"{output} is there and is no report: give another --output.")
+    runs = find_runs(list(folders))
+    study = read_json(folders[0] / STUDY) if len(folders) == 1 else {}
+    comparison = compare(runs, baseline or study.get("baseline"), list(study.get("variants", ())))
+    comparison.notes += _unfinished(folders[0], study) if study else []
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    except OSError as error:
+        raise VirtualWidthError(f"{output} cannot be written ({error.strerror}): give another --output.") from None
+    try:
+        plots = draw(comparison, staging)
+        blocks = document(comparison, runs, plots, study, command)
+        (staging / "report.md").write_text(as_markdown(blocks))
+        (staging / "report.html").write_text(as_html(blocks, staging))
+        _write_csv(staging / "results.csv", _results(comparison))
+        _write_csv(staging / "curves.csv", _curves(comparison))
+        staging.chmod(0o755)
+        _replace(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return [*(f"Note: {note}" for note in comparison.notes), f"The report is {output / 'report.html'}."]
+
+
+def _replace(staging: Path, output: Path) -> None:
+    """Two renames, so that at no time a part of a report is there."""
+    old = staging.with_name(f"{staging.name}.old")
+    if output.exists():
+        os.replace(output, old)
+    os.replace(staging, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unfinished(folder: Path, study: dict) -> list[str]:
+    """Of a study's runs, what is missing."""
+    notes = []
+    for variant in study.get("variants", ()):
+        for seed in study.get("seeds", ()):
+            name = f"{variant}/seed-{seed}"
+            record = read_json(folder / name / RECORD)
+            state = record.get("state", "not started")
+            if state in ("refused", "failed"):
+                said = (record.get("said", "").strip().splitlines() or ["no output"])[-1]
+                notes.append(f"{name} {'was refused' if state == 'refused' else 'failed'}: {said}")
+            elif state != "done":
+                notes.append(f"{name} is {'not finished' if state == 'running' else state}.")
+    return notes
+
+
+def _results(comparison: Comparison) -> Iterable[dict[str, object]]:
+    """One row per run."""
+    for variant in comparison.variants.values():
+        for seed, run in variant.runs.items():
+            row: dict[str, object] = {
+                "run": run.name,
+                "variant": variant.name,
+                "seed": seed,
+                "r": variant.r,
+                "m": run.width and run.width[0],
+                "n": run.width and run.width[1],
+                "tokens_per_step": run.tokens_per_step,
+                "seconds_per_step": _per_step(variant.seconds_per_token, run, comparison),
+                "clock": variant.clock,
+                **_counted(run),
+            }
+            for result in comparison.results:
+                key, curve = result.metric.key, result.curves.get(variant.name, {}).get(seed)
+                here = result.compared.get(variant.name)
+                row |= {f"{key}_{comparison.unit}": curve and curve.end, f"{key}_final_loss": curve and curve.final}
+                for axis in AXES:
+                    losses = here.losses.get(axis, {}) if here else {}
+                    row[f"{key}_loss_at_equal_{axis}"] = losses.get(seed)
+                row[f"{key}_{comparison.unit}_to_baseline_loss"] = here.reached.get(seed) if here else None
+            yield row
+
+
+def _per_step(per_token: float | None, run: LoggedRun, comparison: Comparison) -> float | None:
+    if per_token is None or comparison.unit == "steps":
+        return per_token
+    return per_token * run.tokens_per_step
+
+
+def _counted(run: LoggedRun) -> dict[str, object]:
+    counted = run.record.get("counted") or {}
+    return {key: counted.get(key) for key in ("flops_per_token", "parameters", "trunk_parameters")}
+
+
+def _curves(comparison: Comparison) -> Iterable[dict[str, object]]:
+    """One row per point of the compared curves."""
+    for result in comparison.results:
+        for name, seeds in result.curves.items():
+            for seed, curve in seeds.items():
+                for x, y in zip(curve.x, curve.y, strict=True):
+                    yield {
+                        "metric": result.metric.key,
+                        "run": comparison.variants[name].runs[seed].name,
+                        "variant": name,
+                        "seed": seed,
+                        comparison.unit: f"{x:.0f}",
+                        "loss": f"{y:.6f}",
+                    }
+
+
+def _write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,1 @@
+"""``--vwn-log-interval``: what the connections do while they train, in TensorBoard and wandb."""

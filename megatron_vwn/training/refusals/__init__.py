@@ -1,0 +1,1 @@
+"""What cannot run, decided before anything is built; every refusal is one sentence."""

@@ -1,0 +1,148 @@
+"""Whether the checkpoint that Megatron is about to load holds the model of this run.
+
+Megatron compares layers, hidden size and heads when it loads, but knows nothing of ``--vwn-*``: some differences (the
+gate, say) leave every tensor's shape alone and would be trained on in silence, others end in a list of missing keys. It
+also leaves tensors behind that the model does not ask for (norms of queries and keys, biases), and says nothing of a
+backbone that computes with them something else.
+"""
+
+import argparse
+import copy
+from dataclasses import fields
+
+from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.flags.vwn import typed, virtual_width_from_args
+
+# The end of a document is the tokenizer's and compared apart.
+_FREE = (*OF_THE_RUN, "document_end")
+# Arguments that say which tensors there are: one that differs drops tensors of the checkpoint, or lacks some.
+_STRUCTURE = ("qk_layernorm", "add_qkv_bias", "add_bias_linear", "normalization", "swiglu")
+# Arguments that change what tensors of the same shapes compute; some are changed on purpose, for longer contexts say.
+_FUNCTION = (
+    "layernorm_epsilon",
+    "rotary_base",
+    "rotary_percent",
+    "squared_relu",
+    "window_size",
+    "window_attn_skip_freq",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+)
+_FIXED = tuple(field.name for field in fields(VirtualWidthConfig) if field.name not in _FREE)
+
+
+def refuse_other_model(
+    args: argparse.Namespace, virtual_width: VirtualWidthConfig | None, *, complete: bool = False
+) -> str | None:
+    """Compare with the checkpoint that ``--load`` or ``--pretrained-checkpoint`` points to.
+
+    Args:
+        args: parsed flags; process groups need not exist.
+        virtual_width: this run's; None for the ordinary model.
+        complete: whether ``--use-checkpoint-args`` has had its way already; before, only the virtual width is compared.
+
+    Returns:
+        One line about where training starts, and what the run changes of the model's function, or None if nothing is
+        to be loaded.
+
+    Raises:
+        VirtualWidthError: another model, an unreadable checkpoint, or none where ``--exit-on-missing-checkpoint``
+            demands one.
+    """
+    folder = args.load
+    if args.pretrained_checkpoint is not None and not checkpoint_exists(folder):
+        folder = args.pretrained_checkpoint
+    if folder is None:
+        return None
+    saved, release = _saved_state(folder, args)
+    if saved is None:
+        if args.exit_on_missing_checkpoint:
+            raise VirtualWidthError(
+                f"{folder} holds no checkpoint, which --exit-on-missing-checkpoint demands: correct --load or drop it."
+            )
+        return f"{folder} holds no checkpoint: training starts from the beginning"
+    changed = ""
+    if "args" in saved:
+        _compare(folder, virtual_width_from_args(saved["args"]), virtual_width)
+        if complete or not args.use_checkpoint_args:
+            _compare_structure(folder, saved["args"], args)
+            changed = _changes(saved["args"], args)
+    if release or args.finetune:
+        return f"training starts from iteration 0 with the weights in {folder}{changed}"
+    return f"training resumes from iteration {saved['iteration']} in {folder}{changed}"
+
+
+def _saved_state(folder: str, args: argparse.Namespace) -> tuple[dict | None, bool]:
+    """The replicated part of the checkpoint that Megatron would choose in ``folder``, None if there is none, and
+    whether it is a release, which has weights alone.
+
+    Through Megatron's own (private) reader, because the choice depends on ``--ckpt-step``, non-persistent checkpoints
+    and formats, and comparing with another checkpoint than the one loaded would be worse than none.
+    """
+    quiet = copy.copy(args)
+    quiet.exit_on_missing_checkpoint = False  # Megatron would leave with exit code 0
+    try:
+        state, _, release, _ = _load_base_checkpoint(folder, quiet, rank0=True)
+        return state, release
+    # Whatever a damaged file provokes; a CheckpointException is no Exception, and for some faults Megatron just leaves.
+    except (Exception, CheckpointException, SystemExit) as error:
+        fault = "Megatron gave up" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        reason = fault.strip().splitlines()[-1]  # a CheckpointException carries the cause's traceback as its text
+        raise VirtualWidthError(
+            f"the checkpoint in {folder} cannot be read ({reason}): choose another with --ckpt-step or --load."
+        ) from error
+
+
+def _compare(folder: str, saved: VirtualWidthConfig | None, current: VirtualWidthConfig | None) -> None:
+    if saved is None and current is None:
+        return
+    if saved is None or current is None:
+        raise VirtualWidthError(
+            f"the checkpoint in {folder} was trained {_describe(saved)}, but this run is started {_describe(current)}: "
+            f"start it {_describe(saved)}, or give another --load."
+        )
+    different = [name for name in _FIXED if getattr(saved, name) != getattr(current, name)]
+    if different:
+        raise VirtualWidthError(
+            f"the checkpoint in {folder} was trained with {_settings(saved, different)}, but this run has "
+            f"{_settings(current, different)}: give the checkpoint's settings, or another --load."
+        )
+    ends = saved.document_end, current.document_end
+    if None not in ends and ends[0] != ends[1]:
+        raise VirtualWidthError(
+            f"the n-grams of the checkpoint in {folder} end at token {ends[0]}, but this run's tokenizer ends documents"
+            f" with {ends[1]}: give the checkpoint's tokenizer, or another --load."
+        )
+
+
+def _compare_structure(folder: str, saved: argparse.Namespace, current: argparse.Namespace) -> None:
+    for name in _STRUCTURE:
+        theirs, ours = getattr(saved, name, None), getattr(current, name)
+        if theirs is not None and theirs != ours:
+            raise VirtualWidthError(
+                f"the checkpoint in {folder} was trained with {name} = {theirs}, but this run has {ours}: some of its "
+                "tensors would be left behind, so give the checkpoint's setting, or another --load."
+            )
+
+
+def _changes(saved: argparse.Namespace, current: argparse.Namespace) -> str:
+    """What the run computes with the same tensors in another way."""
+    changes = [
+        f"{name} {getattr(saved, name)} -> {getattr(current, name)}"
+        for name in _FUNCTION
+        if hasattr(saved, name) and getattr(saved, name) != getattr(current, name)
+    ]
+    return f"; it changes the model's function: {', '.join(changes)}" if changes else ""
+
+
+def _describe(virtual_width: VirtualWidthConfig | None) -> str:
+    return "without a virtual width" if virtual_width is None else f"with {_settings(virtual_width, ('m', 'n'))}"
+
+
+def _settings(virtual_width: VirtualWidthConfig, names) -> str:
+    return " ".join(typed(name, getattr(virtual_width, name)) for name in names)

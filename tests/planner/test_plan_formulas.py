@@ -1,0 +1,262 @@
+"""The planner's arithmetic on a model so small that every figure is worked out by hand, on rates of 10^6 per second.
+
+Two stages, "*-" and "*E": D = 8, two heads of 4 channels, one key head, F = 32, four experts of 16 channels, two per
+token, 64 rows, one sequence of 16 tokens per micro-batch, PP2, EP2, DP2 on one node.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.ops.costs import Width, floor_seconds
+from megatron_vwn.planner.activations import connection_bytes, rebuilding_bytes, sublayer_bytes
+from megatron_vwn.planner.costs import (
+    data_bytes,
+    edge_flops,
+    micro_batch_bytes,
+    micro_batch_seconds,
+    pipeline_bytes,
+    sent_bytes,
+    step_time,
+)
+from megatron_vwn.planner.hardware import HARDWARE, Rates
+from megatron_vwn.planner.memory import in_flight, kept_bytes, once_bytes, rank_memory
+from megatron_vwn.planner.shape import Parameters, Shape
+
+# fmt: off
+SMALL = Shape(
+    hidden=8, ffn=32, heads=2, groups=1, head_channels=4, gated=True, qk_norm=False, tied=False, fused_loss=True,
+    experts=4, top_k=2, expert_ffn=16, shared_ffn=0, vocabulary=64, sequence=16, width=None, virtual_width=None,
+    stages=("*-", "*E"), predictions=(), tensor=1, pipeline=2, virtual=1, context=1, expert=2, data=2,
+    sequence_parallel=False, partition="sequence", gpus=4, gpus_per_node=4, micro_batch=1, batch=8, granularity="",
+    method="", recompute_layers=1, modules=("core_attn",), block=None, shards_optimizer=True, overlaps_gradients=False,
+    gradient_bytes=4, optimizer_bytes=12,
+)
+# fmt: on
+HELD = [Parameters(dense=1000), Parameters(dense=800, experts=600)]
+SLOW = Rates(
+    memory_gb=1,
+    matrix_tflops=1e-6,
+    memory_gbs=1e-3,
+    nvlink_gbs=1e-3,
+    network_gbs=5e-4,
+    **dict.fromkeys(("matrix_share", "expert_share", "attention_share", "memory_share", "link_share"), 1.0),
+)
+WIDE = replace(
+    SMALL,
+    width=Width(2, 4, 8),
+    virtual_width=VirtualWidthConfig(m=2, n=4, embedding="projected", reduce_norm=False),
+)
+
+
+def micro(seconds: float) -> float:
+    return pytest.approx(seconds * 1e6, abs=1e-6)
+
+
+def test_what_the_passes_of_a_micro_batch_take():
+    first, last = (micro_batch_seconds(SMALL, rank, SLOW) for rank in (0, 1))
+    # Products 4 D (q + k), scores and values 2 q S, norm and residual five times D in bf16; three passes.
+    attention = 3 * (4 * 8 * 12 * 16 + 2 * 8 * 16 * 16 + 2 * 16 * 8 * 5)
+    assert attention == micro(first["attention"]) == micro(last["attention"])
+    assert micro(first["MLP"]) == 3 * (6 * 8 * 32 * 16 + 2 * 16 * 8 * 5)
+    # The router, two experts per token, and two copies that are gathered and added up.
+    assert micro(last["experts"]) == 3 * (2 * 8 * 4 * 16 + 6 * 8 * 16 * 2 * 16 + 2 * 16 * 8 * 13)
+    assert micro(last["head"]) == 3 * 2 * 8 * 64 * 16
+    assert "head" not in {name for name, value in first.items() if value}
+    # Half of two copies of D + a weight, there and back, in both passes.
+    assert micro(last["EP communication"]) == 2 * 16 * (4 * 8 + 4)
+
+
+def test_a_step_and_its_parts():
+    step = step_time(SMALL, HELD, SLOW)
+    one = sum(micro_batch_seconds(SMALL, 1, SLOW).values())
+    assert one == pytest.approx(171648e-6)
+    assert {name: round(seconds * 1e6) for name, seconds in step.parts.items() if seconds} == {
+        "attention": 4 * 34560,
+        "experts": 4 * 86784,
+        "head": 4 * 49152,
+        "EP communication": 4 * 1152,
+        "pipeline messages": 4 * 512,
+        "bubble": 171648 + 512,
+        "gradients and weights": 3000,
+        "optimizer": 34 * 1000,
+    }
+    assert step.seconds == pytest.approx(sum(step.parts.values()))
+    assert step.tokens_per_second == pytest.approx(8 * 16 / step.seconds)
+    assert step.sent == {"EP": 4 * 1152, "PP": 4 * 512, "DP": 2400}
+
+
+def test_rates_and_their_shares():
+    full = sum(micro_batch_seconds(SMALL, 1, SLOW).values())
+    for name, part in (("matrix_share", "head"), ("expert_share", "experts"), ("attention_share", "attention")):
+        slower = micro_batch_seconds(SMALL, 1, replace(SLOW, **{name: 0.5}))
+        assert slower[part] > micro_batch_seconds(SMALL, 1, SLOW)[part]
+    assert sum(micro_batch_seconds(SMALL, 1, replace(SLOW, matrix_tflops=5e-7)).values()) > 1.8 * full
+    fuller = micro_batch_seconds(SMALL, 1, replace(SLOW, imbalance=2))["experts"]
+    assert fuller - micro_batch_seconds(SMALL, 1, SLOW)["experts"] == pytest.approx(3 * 24576e-6)
+    two_nodes = replace(SMALL, gpus_per_node=2)
+    assert step_time(two_nodes, HELD, SLOW).parts["pipeline messages"] == pytest.approx(4 * 1024e-6)
+    assert step_time(two_nodes, HELD, SLOW).parts["gradients and weights"] == pytest.approx(3000e-6)
+    one_each = replace(SMALL, gpus_per_node=1)
+    assert step_time(one_each, HELD, SLOW).parts["gradients and weights"] == pytest.approx(6000e-6)
+    assert step_time(one_each, HELD, SLOW).parts["EP communication"] == pytest.approx(4 * 2304e-6)
+    # Ranks are numbered along TP, then CP; and experts' along EP: two of either are on one node of two.
+    tensors = replace(SMALL, tensor=2, data=1, gpus_per_node=2)
+    seconds = micro_batch_seconds(tensors, 0, SLOW)["TP communication"]
+    assert seconds == pytest.approx(micro_batch_bytes(tensors, 0)["TP"] * 1e-6)
+    assert micro_batch_seconds(replace(SMALL, gpus=8, data=4, gpus_per_node=2), 1, SLOW)[
+        "EP communication"
+    ] == pytest.approx(1152e-6)
+
+
+def test_gradients_hide_behind_a_micro_batch_and_no_more():
+    hiding = replace(SMALL, overlaps_gradients=True)
+    assert step_time(hiding, HELD, SLOW).parts["gradients and weights"] == 0
+    many = [Parameters(dense=100_000), HELD[1]]
+    left = 300_000 - 0.8 * 171648
+    assert step_time(hiding, many, SLOW).parts["gradients and weights"] == pytest.approx(left * 1e-6)
+
+
+def test_interleaved_stages_shorten_the_bubble_and_hide_messages():
+    virtual = replace(SMALL, stages=("*", "*", "-", "E"), virtual=2)
+    step = step_time(virtual, HELD, SLOW)
+    one = sum(micro_batch_seconds(virtual, 1, SLOW).values())
+    assert pipeline_bytes(virtual) == 2 * 512
+    assert step.parts["pipeline messages"] == 0
+    assert step.parts["bubble"] == pytest.approx((one + 512e-6) / 2)
+
+
+def test_data_parallel_bytes():
+    # Gradients of four bytes are scattered, weights of two gathered; 3/4 of them on four ranks.
+    assert data_bytes(SMALL, 1000, 4) == 0.75 * 1000 * 6
+    assert data_bytes(replace(SMALL, gradient_bytes=2), 1000, 4) == 0.75 * 1000 * 4
+    assert data_bytes(replace(SMALL, shards_optimizer=False), 1000, 4) == 2 * 0.75 * 1000 * 4
+    assert data_bytes(SMALL, 1000, 1) == 0
+    # Experts have copies on GPUs / (PP EP) ranks: on eight GPUs two.
+    eight = replace(SMALL, gpus=8, data=4, batch=16)
+    assert sent_bytes(eight, HELD[1], 1)["DP of experts"] == 0.5 * 600 * 6
+    assert sent_bytes(eight, HELD[1], 1)["DP"] == 0.75 * 800 * 6
+    two_tensors = replace(SMALL, tensor=2, data=1, sequence_parallel=True)
+    summed = Parameters(dense=1000, summed=100)
+    more = sent_bytes(two_tensors, summed, 0)["TP"] - sent_bytes(two_tensors, HELD[0], 0)["TP"]
+    assert more == 2 * 0.5 * 4 * 100
+
+
+def test_context_parallel_bytes():
+    context = replace(SMALL, context=2, data=1)
+    # Keys and values of the rank's own eight tokens, to one other rank: forward, again backward, and their gradients.
+    assert micro_batch_bytes(context, 0)["CP"] == 3 * 2 * 2 * 8 * 4
+    assert "CP communication" not in micro_batch_seconds(context, 0, SLOW)
+
+
+def test_messages_are_as_wide_as_the_stream():
+    assert pipeline_bytes(WIDE) == 2 * pipeline_bytes(SMALL) == 1024
+    by_width = replace(WIDE, tensor=2, data=1, partition="width")
+    assert pipeline_bytes(by_width) == 512
+    by_sequence = replace(WIDE, tensor=2, data=1, sequence_parallel=True)
+    assert pipeline_bytes(by_sequence) == 512
+    assert rank_memory(WIDE, HELD[0], 0).buffers == 1024
+    virtual = replace(WIDE, stages=("*", "*", "-", "E"), virtual=2)
+    assert rank_memory(virtual, HELD[0], 0).buffers == 2048
+    assert rank_memory(replace(SMALL, pipeline=1, stages=("*-*E",)), HELD[0], 0).buffers == 0
+
+
+def test_memory_of_a_rank():
+    first, last = (rank_memory(SMALL, held, rank) for rank, held in enumerate(HELD))
+    assert (first.weights, first.gradients, first.optimizer, first.buffers) == (2000, 4000, 6000, 512)
+    # Dense parameters are divided by two ranks, and experts have one copy each.
+    assert (last.weights, last.gradients, last.optimizer) == (2800, 5600, 12 * (400 + 600))
+    attention, mlp, experts = (sublayer_bytes(symbol, SMALL, "fused") for symbol in "*-E")
+    # Norm 2D + 4 and its output 2D; queries, keys and values, output, and a log per head.
+    assert attention == 16 * ((2 * 8 + 4) + 2 * 8 + 2 * (8 + 2 * 4) + 2 * 8 + 4 * 2)
+    assert mlp == 16 * ((2 * 8 + 4) + 2 * 8 + 6 * 32)
+    assert experts == 16 * ((2 * 8 + 4) + 2 * 8 + (16 * 4 + 4 + 32 * 2) + 2 * (2 * 8 + 6 * 16 + 4))
+    # Two micro-batches in flight on the first stage, one on the last; tokens of the embedding, the final norm.
+    assert first.activations == 2 * (attention + mlp + 8 * 16)
+    assert last.activations == attention + experts + 16 * (2 * 8 + 4)
+    # The head's input, logits and target of the loss, and the gradient of the logits.
+    assert last.head == 16 * (2 * 8 + (2 * 64 + 9)) + 16 * 2 * 64
+    assert (first.head, first.stream) == (0, 0)
+    assert first.total == 2000 + 4000 + 6000 + 512 + first.activations
+    assert rank_memory(replace(SMALL, shards_optimizer=False), HELD[1], 1).optimizer == 12 * 1400
+    assert rank_memory(replace(SMALL, context=2, data=1), HELD[0], 0).optimizer == 6000
+
+
+def test_the_stream_with_and_without_blocks():
+    """In elements: H and Y of each connection, or H of each block and Y; X is counted with the sublayers' norms."""
+    assert connection_bytes(WIDE, "fused", 5) == 2 * 16 * 5 * (16 + 8)
+    blocks = replace(WIDE, block=2)
+    # ceil(C/K) rD + CD + (ceil(C/K) - 1) D, less C D that norms counted and that is let go.
+    assert connection_bytes(blocks, "fused", 5) == 2 * 16 * (3 * 16 + 5 * 8 + 2 * 8 - 5 * 8)
+    assert rebuilding_bytes(blocks, "fused", 5) == 2 * 16 * (2 - 1) * (16 + 8)
+    assert rebuilding_bytes(replace(WIDE, block=8), "fused", 5) == 2 * 16 * 4 * (16 + 8)
+    assert rebuilding_bytes(WIDE, "fused", 5) == connection_bytes(WIDE, "fused", 0) == 0
+    by_width = replace(WIDE, tensor=2, data=1, partition="width")
+    assert connection_bytes(by_width, "fused", 5) == connection_bytes(WIDE, "fused", 5) / 2
+    without, with_blocks = (rank_memory(shape, HELD[0], 0) for shape in (WIDE, blocks))
+    assert without.stream == 2 * connection_bytes(WIDE, "fused", 2)
+    assert with_blocks.stream == 2 * connection_bytes(blocks, "fused", 2) + rebuilding_bytes(blocks, "fused", 2)
+    assert with_blocks.activations == without.activations
+
+
+def test_full_and_selective_recompute():
+    uniform = replace(SMALL, granularity="full", method="uniform", recompute_layers=2)
+    assert kept_bytes(uniform, "*-*-*") == (3 * 256, 0)
+    assert once_bytes(uniform, "*-*-*")[0] == sum(sublayer_bytes(symbol, SMALL, "fused") for symbol in "*-")
+    by_block = replace(uniform, method="block", recompute_layers=3)
+    assert kept_bytes(by_block, "*-*-*")[0] == 3 * 256 + sum(sublayer_bytes(symbol, SMALL, "fused") for symbol in "-*")
+    first = rank_memory(uniform, HELD[0], 0)
+    assert first.activations == 2 * (256 + 8 * 16) + once_bytes(uniform, "*-")[0]
+    wide = replace(WIDE, granularity="full", method="uniform", recompute_layers=2)
+    assert kept_bytes(wide, "*-*-*") == (0, 3 * 512)
+    again = micro_batch_seconds(uniform, 1, SLOW)
+    assert again["recompute"] == pytest.approx((again["attention"] + again["experts"]) / 3)
+    assert micro_batch_seconds(by_block, 1, SLOW)["recompute"] == pytest.approx(again["recompute"])
+    # What experts send goes again, too.
+    assert again["EP communication"] == pytest.approx(1.5 * 1152e-6)
+    chosen = replace(SMALL, granularity="selective", modules=("moe",))
+    assert micro_batch_seconds(chosen, 1, SLOW)["recompute"] == pytest.approx(again["experts"] / 3)
+    assert sublayer_bytes("E", chosen, "fused") == 16 * (20 + 16)
+
+
+def test_connections_take_their_floor():
+    how = {"bandwidth": SLOW.memory, "flop_rate": SLOW.matrix}
+    forward, backward = (floor_seconds("write_read", each, WIDE.width, 16, **how) for each in ("forward", "backward"))
+    assert micro_batch_seconds(WIDE, 0, SLOW)["connections"] == pytest.approx(2 * (forward + backward))
+    blocks = micro_batch_seconds(replace(WIDE, block=2), 0, SLOW)["connections"]
+    assert blocks == pytest.approx(2 * (forward + backward) + forward)
+    full = replace(WIDE, granularity="full", method="uniform", recompute_layers=1)
+    assert micro_batch_seconds(full, 0, SLOW)["connections"] == pytest.approx(2 * (2 * forward + backward))
+    # The residual is the connection's work: the norm alone reads and writes D.
+    plain, wide = (micro_batch_seconds(shape, 0, SLOW)["attention"] for shape in (SMALL, WIDE))
+    assert plain - wide == pytest.approx(3 * 2 * 16 * 8 * 3e-6)
+
+
+def test_the_ends_of_a_wide_model():
+    assert edge_flops(WIDE, 0)["reduction and expansion"] == 16 * 2 * 8 * 16
+    further = replace(WIDE, predictions=("*E",))
+    # A reduction of the trunk; an expansion, a reduction and a fusion of n segments of the prediction; two heads.
+    assert edge_flops(further, 1) == {
+        "head": 2 * 16 * 2 * 8 * 64,
+        "reduction and expansion": 3 * 16 * 2 * 8 * 16,
+        "fusion": 16 * 4 * 4 * 4**2,
+    }
+    assert edge_flops(replace(SMALL, predictions=("*E",)), 1)["fusion"] == 16 * 4 * 8**2
+
+
+def test_micro_batches_in_flight_without_interleaving():
+    assert [in_flight(replace(SMALL, pipeline=4, batch=16), rank) for rank in range(4)] == [[4], [3], [2], [1]]
+    assert in_flight(replace(SMALL, pipeline=4, batch=4), 0) == [2]
+
+
+def test_rates_are_those_of_the_data_sheets():
+    h100, h200, b200 = (HARDWARE[name] for name in ("h100", "h200", "b200"))
+    # Data sheets state products with sparsity, which doubles them, and both directions of NVLink.
+    assert h100.matrix_tflops == h200.matrix_tflops == pytest.approx(1979 / 2, rel=1e-3)
+    assert h100.nvlink_gbs == h200.nvlink_gbs == 900 / 2
+    assert (h100.memory_gb, h100.memory_gbs, h200.memory_gb, h200.memory_gbs) == (80, 3350, 141, 4800)
+    # Of eight GPUs: fp8 with sparsity is four times bf16 without.
+    assert (b200.memory_gb * 8, b200.memory_gbs * 8, b200.nvlink_gbs * 16) == (1440, 64000, 14400)
+    assert b200.matrix_tflops * 8 * 4 == 72000
+    assert {each.network_gbs for each in HARDWARE.values()} == {400 / 8}

@@ -1,0 +1,122 @@
+"""vwn-study's YAML: how a grid is expanded, and what is refused in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vwn.study import __main__ as program
+from megatron_vwn.study.plan import load_study
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "study"
+FLAGS = {"train-iters": 8, "global-batch-size": 4, "seq-length": 16, "lr": 1e-3}
+
+
+def write(tmp_path, **content) -> Path:
+    """A study that is right but for ``content``."""
+    whole = {"baseline": "base", "seeds": [1, 2], "flags": FLAGS, "variants": {"base": None}} | content
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return path
+
+
+def test_a_grid_is_every_combination_with_a_name_of_what_differs(tmp_path):
+    grid = {"r": [1.5, "8"], "vwn-m": 2, "vwn-embedding": ["tiled", "projected"], "vwn-reduce-norm": [None, False]}
+    study = load_study(write(tmp_path, grid=grid))
+    named = {variant.name: variant for variant in study.variants}
+    assert len(named) == 1 + 2 * 2 * 2
+    words = named["r8-tiled-no-reduce-norm"].arguments()
+    assert words[:8] == ["--train-iters", "8", "--global-batch-size", "4", "--seq-length", "16", "--lr", "0.001"]
+    assert sorted(words[8:]) == sorted(
+        ["--vwn-m", "2", "--vwn-n", "16", "--vwn-embedding", "tiled", "--no-vwn-reduce-norm"]
+    )
+    assert named["r1.5-projected-reduce-norm-default"].flags["vwn-n"] == 3
+    assert "vwn-reduce-norm" not in named["r1.5-projected-reduce-norm-default"].flags
+    assert named["base"].arguments() == words[:8]
+
+
+def test_null_in_a_grid_removes_a_shared_flag(tmp_path):
+    study = load_study(write(tmp_path, grid={"lr": [None, 3e-3], "vwn-m": 1, "vwn-n": 4}))
+    assert [(each.name, each.flags.get("lr")) for each in study.variants[1:]] == [
+        ("lr-default", None),
+        ("lr-0.003", 3e-3),
+    ]
+
+
+def test_megatron_flags_and_widths_by_m_and_n_make_a_grid_too(tmp_path):
+    grids = [{"vwn-m": [1, 4], "vwn-n": 8}, {"lr": [1e-3, 3e-3], "vwn-m": 2, "vwn-n": 4}]
+    study = load_study(write(tmp_path, grid=grids))
+    assert [variant.name for variant in study.variants] == ["base", "m1", "m4", "lr-0.001", "lr-0.003"]
+    assert study.variants[4].flags["lr"] == 3e-3
+
+
+def test_runs_are_variants_times_seeds_and_all_first_seeds_come_first(tmp_path):
+    study = load_study(write(tmp_path, grid={"r": [2, 4], "vwn-m": 2}))
+    assert [run.name for run in study.runs()] == [
+        f"{name}/seed-{seed}" for seed in (1, 2) for name in ("base", "r2", "r4")
+    ]
+    assert [run.name for run in study.runs(["r4", "base/seed-2"])] == ["r4/seed-1", "base/seed-2", "r4/seed-2"]
+    assert study.runs()[1].arguments()[-2:] == ["--seed", "1"]
+
+
+def test_the_studies_of_the_checkout_are_what_they_say():
+    tiny = load_study(EXAMPLES / "tiny.yaml", "data/austen")
+    assert [(each.name, each.flags.get("vwn-n")) for each in tiny.variants] == [
+        ("baseline", None), ("r1.5", 3), ("r2", 4), ("r4", 8), ("r8", 16),
+    ]  # fmt: skip
+    assert {each.flags.get("vwn-m") for each in tiny.variants[1:]} == {2}
+    assert tiny.variants[0].flags["train-data-path"] == "data/austen_train"
+    assert tiny.variants[0].tokens_per_step == 1024 and len(tiny.runs()) == 15
+    ablation = load_study(EXAMPLES / "ablation.yaml")
+    assert "mtp-num-layers" not in ablation.variants[0].flags and len(ablation.runs()) == 21
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"grids": {}}, "did you mean grid?"),
+        ({"baseline": None}, "names no baseline"),
+        ({"baseline": "r4"}, "has the baseline 'r4', which is no variant"),
+        ({"variants": {"base": {"vwn-m": 2, "vwn-n": 4}}}, "a baseline has no virtual width"),
+        ({"variants": {"base": None, "r4": {}}, "grid": {"r": [4, 8], "vwn-m": 2}}, "two variants called r4"),
+        ({"grid": {"r": [1.3, 2], "vwn-m": 2}}, "gives 2.6 segments"),
+        ({"grid": {"r": [2, 4]}}, "give numbers to both"),
+        ({"grid": {"r": ["two", 4], "vwn-m": 2}}, "give numbers to both"),
+        ({"grid": {"r": [], "vwn-m": 2}}, "r has no values"),
+        ({"grid": {"n": [2, 4]}}, "write vwn-m and vwn-n, or r in a grid"),
+        ({"flags": FLAGS | {"seed": 3}}, "has seed, which vwn-study gives to every run"),
+        ({"flags": {"lr": 1.0}}, "train-iters of base"),
+        ({"flags": FLAGS | {"lr": {"max": 1}}}, "lr in flags"),
+        ({"variants": {"base": None, "a/b": None}}, "names are folders"),
+        ({"variants": {"base": None, "r4-s2": None}}, "would be read as a seed"),
+        ({"flags": FLAGS | {"tokenizer-model": "{data}_tokenizer"}}, "without saying what it is"),
+        ({"seeds": [1, 1]}, "none or repeat"),
+        ({"ranks": 0}, "whole number of at least 1"),
+        ({"keep-checkpoints": "yes"}, "write true or false"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_sentence(tmp_path, capsys, content, said):
+    assert program.main(["run", str(write(tmp_path, **content)), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("vwn-study: ") and said in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_yaml_or_an_unknown_name_is_refused(tmp_path, capsys):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("flags: [1,")
+    assert program.main(["run", str(broken), "--output", str(tmp_path / "out")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    path = write(tmp_path, grid={"r": [2, 4], "vwn-m": 2})
+    assert program.main(["run", str(path), "--output", str(tmp_path / "out"), "--only", "r44"]) == 2
+    assert "no variant or run r44: did you mean r4?" in capsys.readouterr().err
+
+
+def test_missing_data_is_refused_with_the_command_that_makes_it(tmp_path, capsys):
+    flags = FLAGS | {"train-data-path": "{data}_train"}
+    path = write(tmp_path, flags=flags, data=str(tmp_path / "words"), **{"made-by": "vwn-prepare-data\n words"})
+    assert program.main(["run", str(path), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path}/words_train.idx is not there: make it with `vwn-prepare-data words`" in message
+    assert program.main(["run", str(path), "--output", str(tmp_path / "out"), "--data", "other"]) == 2
+    assert "other_train.idx is not there" in capsys.readouterr().err

@@ -1,0 +1,283 @@
+"""vwn-study report on event files whose speed-ups, slopes and losses at equal budgets are known in closed form."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from study_events import STEPS, TOKENS, falling, megatron_arguments, write_run
+
+from megatron_vwn.study import __main__ as program
+from megatron_vwn.study import report as _study_report
+from megatron_vwn.study.compare import Variant, compare
+from megatron_vwn.study.curves import Curve, estimate
+from megatron_vwn.study.events import LoggedRun, find_runs, split_seed
+from megatron_vwn.study.families import families
+from megatron_vwn.study.fit import fit_widths
+
+WIDTHS = (1, 2, 4, 8)
+# By seed: an offset of all its losses, and how much its gain per doubling differs from 0.25.
+SEEDS = {1: (0.3, -0.02), 2: (0.0, 0.0), 3: (-0.1, 0.02)}
+# 0.975 quantile of Student's t with two degrees of freedom, in closed form.
+T2 = math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
+
+
+def pace(r: float, seed: int) -> float:
+    """Of a loss 5 + offset - pace step / 400: it reaches the baseline's end after 400 / pace steps."""
+    return 1 + (0.25 + SEEDS[seed][1]) * math.log2(r)
+
+
+@pytest.fixture
+def known(tmp_path):
+    """A folder of event files, twelve runs."""
+    for r in WIDTHS:
+        for seed, (offset, _) in SEEDS.items():
+            scalars = {
+                "lm loss": falling(pace(r, seed), 5 + offset, every=1),
+                "lm loss validation": falling(pace(r, seed), 5 + offset),
+                "mtp_1 loss": falling(pace(r, seed), 6 + offset, every=1),
+                "iteration-time": dict.fromkeys(range(8, STEPS + 1, 8), 0.1 * r),
+            }
+            name = "base" if r == 1 else f"wide{r}"
+            write_run(tmp_path / "runs" / name / f"seed-{seed}" / "events", scalars, megatron_arguments(r))
+    return tmp_path / "runs"
+
+
+def results(folder) -> dict[str, dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def test_known_speedups_slopes_and_r_squared(known):
+    comparison = compare(find_runs([known]), None)
+    assert comparison.baseline == "base" and comparison.unit == "tokens" and not comparison.notes
+    validation, further = comparison.results
+    assert (validation.metric.key, further.metric.key) == ("validation", "next2")
+    for r in WIDTHS[1:]:
+        paces = [pace(r, seed) for seed in SEEDS]
+        here = validation.compared[f"wide{r}"]
+        assert here.speedup.mean == pytest.approx(np.mean(paces), rel=1e-6)
+        assert (here.speedup.low, here.speedup.high) == pytest.approx((min(paces), max(paces)), rel=1e-6)
+        assert here.gaps["tokens"].mean == pytest.approx(-0.25 * math.log2(r), abs=1e-6)
+        half = T2 * 0.02 * math.log2(r) / math.sqrt(3)
+        assert here.gaps["tokens"].half == pytest.approx(half, rel=1e-4)
+        # Twenty steps are averaged, 9.5 steps behind on a line.
+        steps = [(STEPS - 9.5) / each + 9.5 for each in paces]
+        assert further.compared[f"wide{r}"].speedup.mean == pytest.approx(
+            np.mean([STEPS / each for each in steps]), rel=1e-5
+        )
+    (fit,) = validation.fits["tokens"]
+    assert fit.slope == pytest.approx(-0.25, abs=1e-6) and fit.r_squared == pytest.approx(1, abs=1e-9)
+    assert fit.seed_slopes.half == pytest.approx(T2 * 0.02 / math.sqrt(3), rel=1e-4)
+    low, high = fit.band(np.array([1.0, 8.0]))
+    assert (high - low)[0] == pytest.approx(0, abs=1e-6)
+    assert (high - low)[1] == pytest.approx(2 * 3 * T2 * 0.02 / math.sqrt(3), rel=1e-4)
+
+
+def test_losses_at_equal_seconds_are_read_where_the_baselines_time_is_spent(known):
+    validation = compare(find_runs([known]), None).results[0]
+    for r in WIDTHS[1:]:
+        losses = validation.compared[f"wide{r}"].losses["seconds"]
+        expected = {seed: 5 + offset - pace(r, seed) / r for seed, (offset, _) in SEEDS.items()}
+        assert losses == pytest.approx(expected, abs=1e-6)
+    assert validation.compared["wide8"].losses.get("FLOPs") is None
+
+
+def test_records_of_a_study_give_flops_and_the_time_measured_alone(known):
+    for r in WIDTHS:
+        name = "base" if r == 1 else f"wide{r}"
+        (known / name / "timing.json").write_text(json.dumps({"seconds_per_step": 1 + 0.25 * (r > 1)}))
+        for seed in SEEDS:
+            counted = {"flops_per_token": 1e6 if r == 1 else 1.6e6, "parameters": 1000}
+            record = {"tokens_per_step": TOKENS, "counted": counted, "state": "done"}
+            record |= {} if r == 1 else {"m": 2, "n": 2 * r}
+            (known / name / f"seed-{seed}" / "run.json").write_text(json.dumps(record))
+    validation = compare(find_runs([known]), None).results[0]
+    losses = validation.compared["wide4"].losses
+    assert losses["seconds"][2] == pytest.approx(5 - 1.5 / 1.25, abs=1e-6)
+    assert losses["FLOPs"][2] == pytest.approx(5 - 1.5 / 1.6, abs=1e-6)
+
+
+def test_a_budget_that_is_not_reached_is_said(tmp_path):
+    quick, slow = ({"lm loss validation": falling(1.0)} | {"iteration-time": {8: each}} for each in (0.1, 0.2))
+    write_run(tmp_path / "runs" / "base-s1", slow, megatron_arguments(1))
+    write_run(tmp_path / "runs" / "wide-s1", quick, megatron_arguments(2))
+    compared = compare(find_runs([tmp_path / "runs"]), None).results[0].compared["wide"]
+    assert compared.losses["seconds"] == {1: None} and compared.gaps["seconds"] is None
+    assert program.main(["report", str(tmp_path / "runs")]) == 0
+    assert "| not reached | - |" in (tmp_path / "runs" / "report" / "report.md").read_text()
+
+
+def test_a_fit_of_points_beside_the_line():
+    losses = {"a": {1: 4.0}, "b": {1: 3.7}, "c": {1: 3.6}}
+    fit = fit_widths("", losses, {"a": 1, "b": 2, "c": 4})
+    assert (fit.slope, fit.intercept) == pytest.approx((-0.2, 3.9 + 0.2 / 3))
+    assert fit.r_squared == pytest.approx(12 / 13)
+    assert fit.band(np.array([2.0])) is None and fit.seed_slopes.half is None
+    assert fit_widths("", {"a": {1: 4.0}, "b": {1: 3.7}}, {"a": 1, "b": 2}) is None
+
+
+def test_a_line_is_made_of_variants_that_differ_in_the_width_alone():
+    def variant(name, r, **arguments):
+        return Variant(
+            name, {1: LoggedRun(name, name, 1, {}, {f"vwn_{key}": value for key, value in arguments.items()})}, r
+        )
+
+    projected = [variant(f"r{r}", r, embedding="projected", reduce_norm=r > 2) for r in (2, 4, 8)]
+    tiled = [variant(f"t{r}", r, embedding="tiled") for r in (2, 4)]
+    assert families([*tiled, *projected]) == [["t2", "t4"], ["r2", "r4", "r8"]]
+    bare = variant("r8-bare", 8, embedding="projected", reduce_norm=False)
+    assert families([*projected[1:], bare]) == [["r4", "r8"], ["r8-bare"]]
+    # The same settings twice, from another version of the code, say: names are all that is left.
+    again = [variant(f"r{r}-new", r, embedding="projected", reduce_norm=True) for r in (4, 8)]
+    assert families([*projected[1:], *again]) == [["r4", "r8"], ["r4-new", "r8-new"]]
+    assert families([again[0], variant("other-new", 4, embedding="projected", reduce_norm=True)]) == [
+        ["r4-new"],
+        ["other-new"],
+    ]
+    plain = variant("r8-plain", 8, embedding="projected", linear="plain")
+    assert families([*projected[:1], plain]) == [["r2"], ["r8-plain"]]
+
+
+def test_reading_off_curves():
+    curve = Curve(np.array([10.0, 20.0, 30.0]), np.array([5.0, 4.0, 4.5]))
+    assert curve.at(15) == pytest.approx(4.5) and curve.at(31) is None and curve.at(9) is None
+    assert curve.reach(4.25) == pytest.approx(17.5) and curve.reach(3.9) is None and curve.reach(6) == 10
+    assert estimate([1.0]).half is None and not estimate([1.0]).clear
+    assert estimate([1.0, 1.2, 1.1]).half == pytest.approx(T2 * 0.1 / math.sqrt(3))
+    assert [split_seed(name) for name in ("a/seed-2", "a-s3", "a_seed4", "a/s5", "r8", "tests2")] == [
+        ("a", 2), ("a", 3), ("a", 4), ("a", 5), ("r8", None), ("tests2", None),
+    ]  # fmt: skip
+
+
+def test_the_report_is_complete_and_needs_no_network(known, tmp_path, capsys):
+    assert program.main(["report", str(known), "--output", str(tmp_path / "out")]) == 0
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    plots = {f"{key}-{kind}" for key in ("validation", "next2") for kind in ("loss", "gap", "width", "budgets")}
+    assert files == {"report.md", "report.html", "results.csv", "curves.csv"} | {
+        f"{plot}.{end}" for plot in (*plots, "speedup") for end in ("png", "svg")
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('src="data:image/svg+xml;base64,') == 9
+    assert "http:" not in page and "https:" not in page
+    rows = results(tmp_path / "out")
+    assert len(rows) == 12
+    reached = float(rows["wide4/seed-2"]["validation_tokens_to_baseline_loss"])
+    assert reached == pytest.approx(STEPS * TOKENS / 1.5, rel=1e-6)
+    text = (tmp_path / "out" / "report.md").read_text()
+    # At equal seconds wide2 is at 5 - 1.25/2 where the baseline is at 4.
+    assert "Validation loss at equal seconds: not lower with wide2 (+0.3750" in text
+    assert "after 1.25 times fewer tokens" in text
+    assert "Equal FLOPs is left out" in text
+    with (tmp_path / "out" / "curves.csv").open() as file:
+        points = [row for row in csv.DictReader(file) if row["run"] == "wide8/seed-2" and row["metric"] == "validation"]
+    assert float(points[-1]["loss"]) == pytest.approx(3.25) and float(points[-1]["tokens"]) == STEPS * TOKENS
+    # Again: the old report is replaced, and nothing else is left.
+    assert program.main(["report", str(known), "--output", str(tmp_path / "out")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "runs"}
+
+
+def test_a_step_that_was_logged_twice_counts_once_with_its_last_value(tmp_path):
+    folder = tmp_path / "runs" / "base" / "seed-1" / "events"
+    write_run(folder, {"lm loss validation": falling(3.0, steps=200)}, megatron_arguments(1))
+    later = tmp_path / "later"
+    resumed = write_run(later, {"lm loss validation": {s: v for s, v in falling(1.0).items() if s > 160}})
+    resumed.rename(folder / resumed.name.replace("tfevents.", "tfevents.9"))
+    (run,) = find_runs([tmp_path / "runs"])
+    assert run.scalars["lm loss validation"] == pytest.approx(
+        {step: 5 - (3 if step <= 160 else 1) * step / STEPS for step in range(40, 401, 40)}
+    )
+
+
+def test_the_loss_on_a_test_set_is_not_taken_for_the_last_validation(tmp_path):
+    file = write_run(tmp_path / "base", {"lm loss validation": falling(1.0)}, megatron_arguments(1) | {"do_test": 1})
+    extra = write_run(tmp_path / "extra", {"lm loss validation": {STEPS: 9.0}})
+    extra.rename(file.with_name(f"{file.name}.2"))
+    (run,) = find_runs([tmp_path / "base"])
+    assert run.scalars["lm loss validation"][STEPS] == pytest.approx(4.0)
+
+
+def test_a_cut_file_is_used_as_far_as_it_is_whole_and_the_report_says_so(known, capsys):
+    (file,) = (known / "wide2" / "seed-1" / "events").iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    assert program.main(["report", str(known)]) == 0
+    assert f"wide2/seed-1: {file.name} is cut in its last record" in capsys.readouterr().out
+    assert "is cut in its last record" in (known / "report" / "report.md").read_text()
+
+
+def test_unequal_tags_are_noted_where_the_rest_is_usable(known, capsys):
+    for file in (known / "wide2" / "seed-1" / "events").iterdir():
+        file.unlink()
+    write_run(known / "wide2" / "seed-1" / "events", {"lm loss": falling(1.0)}, megatron_arguments(2))
+    assert program.main(["report", str(known)]) == 0
+    assert "wide2/seed-1: no 'lm loss validation' in the event files" in capsys.readouterr().out
+    assert results(known / "report")["wide2/seed-1"]["validation_final_loss"] == ""
+
+
+def test_unknown_tokens_make_steps_the_axis(tmp_path, capsys):
+    for name, fall in (("base", 1.0), ("r2", 2.0)):
+        write_run(tmp_path / "runs" / name, {"lm loss": falling(fall, every=1)}, samples=False)
+    assert program.main(["report", str(tmp_path / "runs")]) == 0
+    assert "steps stand for tokens" in capsys.readouterr().out
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "No run was validated" in text and "400 steps" in text
+
+
+def refusal(capsys, *words) -> str:
+    """What a report says that is refused; it must be one sentence, with exit code 2."""
+    assert program.main(["report", *map(str, words)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("vwn-study: ") and message.count("\n") == 1
+    return message
+
+
+def test_folders_that_make_no_report_are_refused(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert "is no folder" in refusal(capsys, runs)
+    runs.mkdir()
+    assert "holds no event files" in refusal(capsys, runs)
+    write_run(runs / "empty", {})
+    assert "hold no scalars at all" in refusal(capsys, runs)
+    (runs / "odd").mkdir()
+    (runs / "odd" / "events.out.tfevents.1").write_bytes(b"no record of any kind" * 9)
+    assert "hold no scalars at all" in refusal(capsys, runs)
+    write_run(runs / "wide", {"lm loss validation": falling(2.0)}, megatron_arguments(2))
+    assert "none of the runs is without a virtual width" in refusal(capsys, runs)
+    write_run(runs / "base", {"lm loss": falling(1.0)}, megatron_arguments(1))
+    assert "unequal tags: no run of the baseline base has 'lm loss validation'" in refusal(capsys, runs)
+    assert "no run of the baseline other" in refusal(capsys, runs, "--baseline", "other")
+    assert "would both be" in refusal(capsys, *_twice(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "is no report: give another --output" in refusal(capsys, runs, "--output", tmp_path / "mine")
+    assert not (runs / "report").exists() and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_report_without_its_extra_says_what_to_install(tmp_path):
+    program = "import sys; sys.modules['scipy'] = None; from megatron_vwn.study.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "report", tmp_path], capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and done.stderr == "vwn-study: a report needs scipy: pip install 'megatron_vwn[study]'.\n"
+    )
+
+
+def _twice(tmp_path):
+    for name in ("seed-1", "s1"):
+        write_run(tmp_path / "twice" / "base" / name, {"lm loss": falling(1.0)})
+    return (tmp_path / "twice",)
+
+
+def test_a_report_that_fails_leaves_the_old_one_and_nothing_half_written(known, monkeypatch):
+    assert program.main(["report", str(known)]) == 0
+    before = (known / "report" / "report.html").read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_study_report, "as_html", fail)
+    assert program.main(["report", str(known)]) == 130
+    assert (known / "report" / "report.html").read_bytes() == before
+    assert not [path for path in known.iterdir() if path.name.startswith(".")]
