@@ -8,6 +8,7 @@ from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.norm import SharedNorm
 from megatron_vwn.modules.stream_module import PartitionedModule
+from megatron_vwn.ops import eager
 from megatron_vwn.ops.eager import recomputed
 
 

@@ -5,7 +5,7 @@ Both keep to ``ops.reference``; the tests of the kernels compare all of them.
 
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def group_norm(
     return eager.group_norm(h_TNE, weight_NE, bias_NE, m=m, eps=eps, segment_size=h_TNE.shape[-1])
 
 
-def _implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
+def _implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType | SimpleNamespace:
     if not by_kernels(h_TNE, p):
         return recomputed if p.recompute else eager
     # Imports Triton, which takes a second and is not everywhere.
