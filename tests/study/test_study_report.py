@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from study_events import STEPS, TOKENS, falling, megatron_arguments, write_run
+from study.event_files import STEPS, TOKENS, falling, megatron_arguments, write_run
 
 from megatron_vwn.study import __main__ as program
 from megatron_vwn.study import report as _study_report
