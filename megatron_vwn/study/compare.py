@@ -17,7 +17,7 @@ from megatron_vwn.study.fit import Fit
 
 AXES = ("tokens", "seconds", "FLOPs")
 # Of the baseline's whole training; single steps say little.
-_SMOOTHING = 0.05
+SMOOTHING = 0.05
 _VALIDATION, _TRAINING, _SECOND = "lm loss validation", "lm loss", "mtp_1 loss"
 Seed = int | None
 
@@ -253,7 +253,7 @@ def _compare_metric(
         return None
     budget = max(curve.end for curve in curves[baseline].values())
     if metric.smoothed:
-        window = _SMOOTHING * budget
+        window = SMOOTHING * budget
         curves = {name: {seed: each.smooth(window) for seed, each in seeds.items()} for name, seeds in curves.items()}
     compared = _against(curves, variants, baseline, budget, notes if metric is METRICS[0] else [])
     fits = {
