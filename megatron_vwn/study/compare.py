@@ -138,6 +138,10 @@ class Comparison:
     results: list[MetricResult]
     notes: list[str]
 
+    def named(self, axis: str) -> str:
+        """An axis in words: steps stand for tokens where those are unknown."""
+        return self.unit if axis == "tokens" else axis
+
 
 def compare(runs: Sequence[LoggedRun], baseline: str | None, order: Sequence[str] = ()) -> Comparison:
     """Compare all runs with those of the baseline.

@@ -142,7 +142,7 @@ def _losing(comparison: Comparison) -> list[str]:
             gaps = [(name, gap) for name, gap in others if gap]
             worse = [(name, gap) for name, gap in gaps if gap.mean >= 0]
             unclear = [(name, gap) for name, gap in gaps if gap.mean < 0 and gap.half is not None and not gap.clear]
-            where = f"{_capital(result.metric.title)} at equal {comparison.unit if axis == 'tokens' else axis}"
+            where = f"{_capital(result.metric.title)} at equal {comparison.named(axis)}"
             for said, losers in (("not lower", worse), ("not clearly lower", unclear)):
                 if losers:
                     names = ", ".join(f"{name} ({_signed(gap)})" for name, gap in losers)
@@ -170,7 +170,7 @@ def _commit(record: Mapping) -> str:
 
 
 def _clock(run: LoggedRun) -> str:
-    if not run.record or not run.timing:
+    if not run.timing:
         return ""
     rounds = run.timing.get("rounds", [])
     return (
