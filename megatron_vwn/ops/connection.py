@@ -118,7 +118,7 @@ class Connection(torch.nn.Module):
         h_TNE = self._segments(hidden_states)
         with _without_autocast(h_TNE):
             x_TD = dispatch.read(h_TNE, self._as_tensors())
-        return x_TD.view(*hidden_states.shape[:-1], self.hidden_size)
+        return x_TD.reshape(*hidden_states.shape[:-1], self.hidden_size)
 
     def write(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """The next state [..., n/m * D] from the state that was read and the sublayer's output [..., D], in the state's
@@ -131,7 +131,7 @@ class Connection(torch.nn.Module):
             )
         with _without_autocast(h_TNE):
             next_TNE = dispatch.write(h_TNE, output.reshape(-1, self.hidden_size), self._as_tensors())
-        return next_TNE.view(hidden_states.shape)
+        return next_TNE.reshape(hidden_states.shape)
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """``write(hidden_states, sublayer(read(hidden_states)))``: [..., n/m * D] to the same shape.

@@ -1,5 +1,10 @@
 """The public connection of plain torch: output, every gradient by name, and what it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ops.connections import KINDS, connection, gradients, leaves, state_and_output
@@ -113,6 +118,51 @@ def test_a_bf16_backbone_writes_to_an_fp32_state():
     h, y = (t.detach().flatten(1) for t in state_and_output(5, p, SEGMENT, dtype=torch.float32))
     written = module_of(p).write(h, y.bfloat16())
     assert written.dtype == torch.float32 and torch.equal(written, module_of(p).write(h, y.bfloat16().float()))
+
+
+def check_kernels(device, kernels):
+    """The fused kernels and the torch operations give the same output and gradients."""
+    p = connection(2, 6, 32, dtype=torch.float32)
+    h, y = (t.detach().flatten(1).to(device) for t in state_and_output(5, p, 32, dtype=torch.float32))
+    results = []
+    for choice in (kernels, "torch"):
+        module = module_of(p, 32, kernels=choice).to(device)
+        inputs = {"h": h.clone().requires_grad_(), "y": y.clone().requires_grad_(), **dict(module.named_parameters())}
+        x, written = module.read(inputs["h"]), module.write(inputs["h"], inputs["y"])
+        assert ("_Write" in str(written.grad_fn.next_functions)) == (choice != "torch")
+        results.append({"x": x, "h'": written, **gradients([x, written], inputs)})
+    fused, composed = results
+    errors = {name: relative_error(fused[name], t.double()) for name, t in composed.items()}
+    assert all(error <= 1e-5 for error in errors.values()), errors
+
+
+def test_by_the_kernels_in_the_interpreter():
+    """In a process of its own: importing Triton decides what is interpreted."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from ops.test_connection import check_kernels; check_kernels('cpu', 'triton')"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    check_kernels("cuda", "auto")
+
+
+def test_any_leading_dimensions_and_strides():
+    p = connection(2, 6, SEGMENT)
+    module = module_of(p)
+    h, y = (t.detach().flatten(1) for t in state_and_output(6, p, SEGMENT))
+    written = module.write(h, y)
+    assert torch.equal(module.write(h[0], y[0]), module.write(h[:1], y[:1])[0])
+    assert module.read(h[:0]).shape == (0, 16) and module.write(h[:0], y[:0]).shape == (0, 48)
+    turned = [t.view(2, 3, -1).transpose(0, 1).contiguous().transpose(0, 1) for t in (h, y)]
+    assert not turned[0].is_contiguous()
+    torch.testing.assert_close(module.write(*turned).flatten(0, 1), written, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module.read(torch.cat([h, h], -1)[:, :48]), module.read(h), rtol=1e-12, atol=1e-12)
 
 
 def test_parameters_are_built_where_and_as_asked():
