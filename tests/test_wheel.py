@@ -1,0 +1,82 @@
+"""The wheel has everything: it is built, installed without a network, and every module of it is imported."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Reads the installed package alone: recipes, results, patches, READMEs and templates are files of the wheel.
+PROGRAM = """
+import importlib, pkgutil, sys, warnings
+from pathlib import Path
+
+warnings.simplefilter("ignore")
+import megatron_vwn
+from megatron_vwn import cpu
+from megatron_vwn.config import VirtualWidthError
+
+folder = Path(megatron_vwn.__file__).parent
+assert folder.is_relative_to(sys.argv[1]), folder
+cpu.install(announce=False)
+names = [module.name for module in pkgutil.walk_packages(megatron_vwn.__path__, "megatron_vwn.")]
+assert len(names) > 100, len(names)
+refused = []
+for name in names:
+    try:
+        importlib.import_module(name)
+    except VirtualWidthError:
+        refused.append(name)
+assert refused == ["megatron_vwn.checkpoint.bridge"], refused  # Megatron-Bridge is not installed
+
+from megatron_vwn.benchmark.report import RESULTS
+from megatron_vwn.recipes.recipe import load_recipe, recipe_names
+
+assert "moe-a3.3b" in recipe_names(), recipe_names()
+load_recipe("moe-a3.3b")
+assert list(RESULTS.glob("*.json")), RESULTS
+assert list((folder / "megatron_lm" / "patches").glob("0.19/*.patch"))
+for file in ("py.typed", "CHANGES.md", "training/refusals/SUPPORT.md", "study/report.md.j2"):
+    assert (folder / file).is_file(), file
+print(len(names), "modules")
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the package as pip unpacks its wheel; the checkout is copied, so that nothing is left in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "--target", folder / "site", folder / "source"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def test_every_module_and_every_file_is_inside(installed):
+    # -S leaves out the editable installation of this checkout; what the package needs comes by the path.
+    libraries = [installed, *dict.fromkeys(path for path in sys.path if Path(path).name == "site-packages")]
+    libraries.append(sysconfig.get_paths()["purelib"])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", PROGRAM, installed],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, libraries)), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=installed,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout.endswith("modules\n")
