@@ -1,6 +1,6 @@
-"""megatron_vwn.megatron_fixes.torch_adam: wheel_fixes_checks.py in a process of its own.
+"""megatron_vwn.megatron_fixes: fixes_checks.py in a process of its own.
 
-That runs resume bitwise with it is tested on two ranks in tests/cpu/test_cpu_session.py.
+That runs resume bitwise with the repairs is tested on two ranks in tests/cpu/test_cpu_session.py.
 """
 
 import os
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 
-def test_wheel_fixes():
+def test_fixes():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", Path(__file__).parent / "wheel_fixes_checks.py"],
+        [sys.executable, "-m", "pytest", Path(__file__).parent / "fixes_checks.py"],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
