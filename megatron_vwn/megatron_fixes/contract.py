@@ -58,6 +58,7 @@ _CORE = "megatron.core."
 _OPTIMIZER = _CORE + "optimizer.distrib_optimizer.DistributedOptimizer"
 _CHAIN = _CORE + "optimizer.optimizer.ChainedOptimizer"
 _HYBRID = _CORE + "models.hybrid.hybrid_model"
+_LAYER = _CORE + "transformer.transformer_layer."
 _MTP = _CORE + "transformer.multi_token_prediction."
 _ADAM, _RESHARDING = "megatron_fixes/torch_adam.py", "megatron_fixes/resharding.py"
 _INTERPRETER = "ops/kernels/interpreter.py"
@@ -191,7 +192,24 @@ USES = (
         "parallel/pipeline.py",
         "override",
     ),
+    Use(_LAYER + "TransformerLayer", "forward", ("self", ...), "modules/layers.py", "override"),
+    Use(_LAYER + "MoETransformerLayer", "forward", ("self", ...), "modules/layers.py", "override"),
+    Use(_CORE + "ssm.mlp_layer.MLPLayer", "forward", ("self", ...), "modules/layers.py", "override"),
+    Use(
+        _CORE + "ssm.mamba_layer.MambaLayer",
+        "forward",
+        ("self", "hidden_states", ...),
+        "modules/layers.py",
+        "override",
+    ),
     # What runs and checkpoints call.
+    Use(
+        _CORE + "model_parallel_config.ModelParallelConfig",
+        "finalize_model_grads_func",
+        PRESENT,
+        "training/monitoring/monitor.py",
+        "replace",
+    ),
     Use(
         "megatron.training.initialize",
         "_initialize_distributed",
@@ -309,6 +327,14 @@ USES = (
     Use("transformers.PreTrainedModel", "_init_weights", ("self", "module"), "hf/modeling_vwn.py", "override"),
     Use("transformers.PreTrainedConfig", "_attn_implementation", "property", "hf/modeling_vwn.py", "read"),
     Use("transformers.PreTrainedConfig", "__post_init__", ("self", "kwargs"), "hf/configuration_vwn.py", "override"),
+    # Transformer Engine, where it is installed.
+    Use(
+        "transformer_engine.pytorch.fp8.FP8GlobalStateManager",
+        "is_first_fp8_module",
+        (),
+        "modules/fp8_linear.py",
+        "call",
+    ),
     # Python.
     Use("os", "_exit", ("status",), "data/encode.py", "call"),
     Use("os", "_exit", ("status",), "data/windows.py", "call"),
