@@ -4,15 +4,14 @@ from pathlib import Path
 
 from megatron.core.datasets import utils as dataset_utils
 
-from megatron_vwn.megatron_fixes.contract import expect_function
+from megatron_vwn.megatron_fixes.repair import repair
 
 
 def skip_makefile_of_dataset_helpers() -> None:
     """Do not run ``make`` for dataset helpers that the wheel brings compiled, without the Makefile to compile them."""
-    expect_function(dataset_utils, "compile_helpers")
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError:
         return
     if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
-        dataset_utils.compile_helpers = lambda: None
+        repair(dataset_utils, "compile_helpers", lambda compile_helpers: lambda: None)

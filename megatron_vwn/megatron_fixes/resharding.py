@@ -4,17 +4,16 @@ Both faults are Megatron's own, with and without a virtual width, and whatever o
 silent: training is right, the file is not.
 """
 
-from functools import cache, wraps
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from megatron_vwn.megatron_fixes.contract import expect_function
+from megatron_vwn.megatron_fixes.repair import repair
 
 
-@cache  # once in a process
 def save_states_where_parameters_lie() -> None:
     """Let ``--dist-ckpt-optim-fully-reshardable`` save each parameter's own state where buckets are padded.
 
@@ -22,19 +21,11 @@ def save_states_where_parameters_lie() -> None:
     the parameter lies with it. An embedding that two pipeline stages have (further predictions, tied weights) has a
     bucket of its own, and what lies behind a padded bucket was saved shifted.
     """
-    sharded = expect_function(
-        DistributedOptimizer,
-        "sharded_param_state_fully_reshardable",
-        *("self", "model_sharded_state_dict", "is_loading", "metadata"),
-    )
-    expect_function(
-        DistributedOptimizer,
-        "get_parameter_state_dp_zero",
-        *("self", "use_gloo_comm", "empty_data", "return_on_all_ranks"),
-    )
+    repair(DistributedOptimizer, "sharded_param_state_fully_reshardable", _sharded_with_padding)
 
-    @wraps(sharded)
-    def sharded_with_padding(self, *args, **kwargs):
+
+def _sharded_with_padding(stock: Callable) -> Callable:
+    def sharded(self, *args, **kwargs):
         gather = self.get_parameter_state_dp_zero
 
         def gather_with_padding(**how):
@@ -49,39 +40,70 @@ def save_states_where_parameters_lie() -> None:
 
         self.get_parameter_state_dp_zero = gather_with_padding
         try:
-            return sharded(self, *args, **kwargs)
+            return stock(self, *args, **kwargs)
         finally:
             del self.get_parameter_state_dp_zero
 
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_with_padding
+    return sharded
 
 
-def _with_padding(compact: torch.Tensor, buffer: _ParamAndGradBuffer) -> torch.Tensor:
-    """Buckets that follow each other without padding, put where they lie in the buffer."""
-    padded, start = compact.new_zeros(buffer.numel), 0
+def _with_padding(gathered: torch.Tensor, buffer: _ParamAndGradBuffer) -> torch.Tensor:
+    """Buckets that follow each other without padding, put where they lie in the buffer.
+
+    Anything longer than the buckets without padding was gathered with it and is returned as it is.
+    """
+    if gathered.numel() != sum(bucket.numel_unpadded for bucket in buffer.buckets):
+        return gathered
+    padded, start = gathered.new_zeros(buffer.numel), 0
     for bucket in buffer.buckets:
         end = start + bucket.numel_unpadded
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = compact[start:end]
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = gathered[start:end]
         start = end
     return padded
 
 
-@cache
 def load_experts_of_other_groups() -> None:
     """Let a checkpoint move experts between the dense layers' data-parallel group and one of their own (EP1, EP2).
 
     In the second case Megatron chains two optimizers and saves their parameter groups under numbers; it loads neither
     arrangement into the other, although the tensors are the same.
     """
-    load = expect_function(ChainedOptimizer, "load_state_dict", "self", "state_dict")
+    if not _loads_either_arrangement():
+        repair(ChainedOptimizer, "load_state_dict", _load_either)
 
-    @wraps(load)
-    def load_either(self, state_dict):
+
+def _load_either(stock: Callable) -> Callable:
+    def load_state_dict(self, state_dict):
         if isinstance(state_dict, dict):
             state_dict = _arranged(state_dict, self.chained_optimizers)
-        load(self, state_dict)
+        stock(self, state_dict)
 
-    ChainedOptimizer.load_state_dict = load_either
+    return load_state_dict
+
+
+class _Recorder:
+    """An optimizer that keeps what it is given."""
+
+    def __init__(self, experts: bool):
+        self.param_groups = [{"is_expert_parallel": experts}]
+        self.loaded = {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.loaded = state_dict
+
+
+def _loads_either_arrangement() -> bool:
+    """Whether ``ChainedOptimizer.load_state_dict`` gives each optimizer its groups out of both arrangements."""
+    one, two = [_Recorder(False)], [_Recorder(False), _Recorder(True)]
+    part = {"optimizer": {"param_groups": [{"is_expert_parallel": False}]}}
+    for optimizers, state in ((one, {0: part, 1: part}), (two, part)):
+        chained = object.__new__(ChainedOptimizer)
+        chained.chained_optimizers = optimizers
+        try:
+            ChainedOptimizer.load_state_dict(chained, state)
+        except Exception:  # a wrong "no" costs nothing: a state that fits its optimizers is not arranged again
+            return False
+    return all("optimizer" in optimizer.loaded for optimizer in one + two)
 
 
 def _arranged(state_dict: dict, optimizers: list) -> dict:

@@ -1,13 +1,11 @@
 """Megatron's distributed optimizer cannot resume with ``torch.optim.Adam``, the fallback where FusedAdam is missing."""
 
-from functools import wraps
+from collections.abc import Callable
 
 import torch
-from megatron.core import __version__ as megatron_version
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.megatron_fixes.contract import expect_function
+from megatron_vwn.megatron_fixes.repair import repair
 
 
 def resume_distributed_optimizer_with_torch_adam() -> None:
@@ -21,43 +19,52 @@ def resume_distributed_optimizer_with_torch_adam() -> None:
     - both copy into parameters that require gradients, "dp_reshardable" outside of ``no_grad``;
     - ``load_state_dict()`` gives one tensor to all parameters, so that every update would advance it once for each.
     """
-    if not hasattr(distrib_optimizer, "HAVE_APEX_OR_TE"):
-        raise VirtualWidthError(
-            f"megatron-core {megatron_version} does not say whether its distributed optimizer uses torch's Adam "
-            "(HAVE_APEX_OR_TE): install a 0.19 release."
-        )
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    optimizer_class = distrib_optimizer.DistributedOptimizer
-    state_dict = expect_function(optimizer_class, "state_dict", "self")
-    load_state_dict = expect_function(optimizer_class, "load_state_dict", "self", "state_dict")
-    set_states = expect_function(
-        optimizer_class, "_set_main_param_and_optimizer_states", "self", "model_param", "tensors"
-    )
+    repair(distrib_optimizer.DistributedOptimizer, "state_dict", _state_dict_of_fresh_optimizer_too)
+    repair(distrib_optimizer.DistributedOptimizer, "load_state_dict", _load_state_dict_with_own_steps)
+    repair(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", _set_states_but_step)
 
-    @wraps(state_dict)
-    def state_dict_of_fresh_optimizer_too(self):
-        if _is_torch_adam(self.optimizer):
-            _allocate_missing_state(self.optimizer, self.optimizer_state_keys)
-        return state_dict(self)
 
-    @wraps(load_state_dict)
-    def load_state_dict_with_own_steps(self, loaded):
-        load_state_dict(self, loaded)
+def _state_dict_of_fresh_optimizer_too(stock: Callable) -> Callable:
+    def state_dict(self):
+        if not _is_torch_adam(self.optimizer):
+            return stock(self)
+        try:
+            return stock(self)
+        except AssertionError:  # "assert len(steps) == 1": no parameter has a step
+            if any(self.optimizer.state.values()):
+                raise
+        _allocate_missing_state(self.optimizer, self.optimizer_state_keys)
+        return stock(self)
+
+    return state_dict
+
+
+def _load_state_dict_with_own_steps(stock: Callable) -> Callable:
+    def load_state_dict(self, state_dict):
+        stock(self, state_dict)
         if _is_torch_adam(self.optimizer):
+            taken = set()
             for state in self.optimizer.state.values():
-                state["step"] = state["step"].clone()
+                step = state.get("step")
+                if isinstance(step, torch.Tensor):
+                    if step.data_ptr() in taken:
+                        state["step"] = step = step.clone()
+                    taken.add(step.data_ptr())
 
-    @wraps(set_states)
-    def set_states_but_step(self, model_param, tensors):
+    return load_state_dict
+
+
+def _set_states_but_step(stock: Callable) -> Callable:
+    def set_states(self, model_param, tensors):
         if _is_torch_adam(self.optimizer):
-            tensors = {**tensors, "step": None}  # what is no tensor is left as it is
+            # Megatron leaves what is no tensor as it is; one that leaves "step" alone by itself ignores the entry.
+            tensors = {**tensors, "step": None}
         with torch.no_grad():
-            set_states(self, model_param, tensors)
+            stock(self, model_param, tensors)
 
-    optimizer_class.state_dict = state_dict_of_fresh_optimizer_too
-    optimizer_class.load_state_dict = load_state_dict_with_own_steps
-    optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
+    return set_states
 
 
 def _is_torch_adam(optimizer) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from megatron.core import __version__
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -12,10 +13,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_vwn.config import VirtualWidthConfig
+from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.modules.embedding import OverWidthEmbedding
 from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPBlock
 from megatron_vwn.modules.ngram_embedding import remember_tokens
+from megatron_vwn.modules.stack import VirtualWidthStack
 
 
 class VirtualWidthModel(HybridModel):
@@ -30,7 +32,7 @@ class VirtualWidthModel(HybridModel):
         kwargs: those of HybridModel.
 
     Raises:
-        VirtualWidthError: if backbone or layout cannot carry the stream.
+        VirtualWidthError: if backbone or layout cannot carry the stream, or if Megatron built parts of its own.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class VirtualWidthModel(HybridModel):
                 share_embeddings_and_output_weights=share_embeddings_and_output_weights,
                 **kwargs,
             )
+        _check_parts(self)
         if self.mtp_process:
             self.decoder.predicts_further_tokens = True
             self.mtp.finish_trunk = self.decoder.finish
@@ -87,7 +90,12 @@ class VirtualWidthModel(HybridModel):
 @contextmanager
 def _built_by(**builders: Callable) -> Iterator[None]:
     """HybridModel names these classes and takes no spec for them; replacing them afterwards would build them twice."""
-    stock = {name: getattr(hybrid_model, name) for name in builders}
+    stock = {name: getattr(hybrid_model, name, None) for name in builders}
+    if missing := [name for name, builder in stock.items() if builder is None]:
+        raise VirtualWidthError(
+            f"megatron-core {__version__} does not build its hybrid model from {' and '.join(missing)}: "
+            "install megatron-core 0.19.2."
+        )
     try:
         for name, builder in builders.items():
             setattr(hybrid_model, name, builder)
@@ -95,3 +103,19 @@ def _built_by(**builders: Callable) -> Iterator[None]:
     finally:
         for name, builder in stock.items():
             setattr(hybrid_model, name, builder)
+
+
+def _check_parts(model: VirtualWidthModel) -> None:
+    """Refuse a model whose parts have the backbone's width because Megatron took its classes from elsewhere."""
+    expected = {"decoder": VirtualWidthStack}
+    if model.pre_process or model.mtp_process:
+        expected["embedding"] = OverWidthEmbedding
+    if model.mtp_process:
+        expected["mtp"] = VirtualWidthMTPBlock
+    for name, ours in expected.items():
+        built = type(getattr(model, name, None))
+        if not issubclass(built, ours):
+            raise VirtualWidthError(
+                f"megatron-core {__version__} built the model's {name} as {built.__name__}, not as {ours.__name__}: "
+                "install megatron-core 0.19.2 and take the layers from stack_spec."
+            )

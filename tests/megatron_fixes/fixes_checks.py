@@ -1,0 +1,254 @@
+"""Tests of megatron_vwn.megatron_fixes; test_fixes.py runs them in a pytest of their own.
+
+They import Megatron without the CPU emulation, which is no matter for the process of other tests; so the file is named
+such that pytest does not collect it.
+"""
+
+import ast
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import megatron.core.datasets
+import pytest
+import torch
+from megatron.core.datasets import utils
+from megatron.core.models.hybrid import hybrid_model
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+import megatron_vwn
+from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.megatron_fixes import apply_fixes, torch_adam
+from megatron_vwn.megatron_fixes.contract import USES, drift
+from megatron_vwn.megatron_fixes.resharding import _with_padding
+from megatron_vwn.modules.embedding import OverWidthEmbedding
+from megatron_vwn.modules.model import VirtualWidthModel
+from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPBlock
+from megatron_vwn.modules.stack import VirtualWidthStack
+
+ROOT = Path(megatron_vwn.__file__).parent
+PACKAGES = ("megatron", "torch", "triton", "transformers", "transformer_engine", "nvidia")
+# Our own private names that a file reaches through another object, and the public method of every named tuple.
+OURS = {"_active", "_vwn_mark", "_norm_of", "_open", "_fill", "_replace"}
+
+OPTIMIZER = distrib_optimizer.DistributedOptimizer
+PATCHED = [
+    (utils, "compile_helpers"),
+    (OPTIMIZER, "state_dict"),
+    (OPTIMIZER, "load_state_dict"),
+    (OPTIMIZER, "_set_main_param_and_optimizer_states"),
+    (OPTIMIZER, "sharded_param_state_fully_reshardable"),
+    (ChainedOptimizer, "load_state_dict"),
+]
+
+
+@pytest.fixture(autouse=True)
+def megatron_as_imported(monkeypatch):
+    for owner, name in PATCHED:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def state():
+    return [getattr(owner, name) for owner, name in PATCHED]
+
+
+def test_applies_once():
+    before = state()
+    apply_fixes()
+    after = state()
+    assert all(old is not new for old, new in zip(before, after, strict=True))
+    apply_fixes()
+    assert state() == after
+
+
+def test_does_not_compile_what_is_compiled():
+    apply_fixes()
+    utils.compile_helpers()  # the original would run make and exit
+
+
+def test_leaves_fused_adam_alone(monkeypatch):
+    before = state()
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    apply_fixes()
+    assert state()[1:4] == before[1:4]
+
+
+def test_leaves_the_makefile_of_a_source_checkout_alone(monkeypatch, tmp_path):
+    before = state()
+    Path(tmp_path, "Makefile").touch()
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    apply_fixes()
+    assert state()[0] is before[0]
+
+
+def test_leaves_helpers_that_are_not_compiled_to_the_compiler(monkeypatch):
+    before = state()
+    monkeypatch.delattr(megatron.core.datasets, "helpers_cpp", raising=False)
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)  # None: the import fails
+    apply_fixes()
+    assert state()[0] is before[0]
+
+
+def test_pads_what_was_gathered_without_padding_and_nothing_else():
+    buckets = [SimpleNamespace(offset=0, numel_unpadded=3), SimpleNamespace(offset=4, numel_unpadded=4)]
+    buffer = SimpleNamespace(numel=8, buckets=buckets)
+    padded = torch.tensor([1.0, 2, 3, 0, 4, 5, 6, 7])
+    assert torch.equal(_with_padding(torch.arange(1.0, 8), buffer), padded)
+    assert _with_padding(padded, buffer) is padded
+
+
+def test_leaves_a_chain_alone_that_loads_either_arrangement(monkeypatch):
+    def mended(self, state_dict):
+        for optimizer, part in zip(self.chained_optimizers, [state_dict] * 2, strict=False):
+            optimizer.load_state_dict({"optimizer": part.get("optimizer", part.get(0))})
+
+    monkeypatch.setattr(ChainedOptimizer, "load_state_dict", mended)
+    apply_fixes()
+    assert ChainedOptimizer.load_state_dict is mended
+
+
+def test_arranges_for_a_chain_that_does_not():
+    apply_fixes()
+    assert hasattr(ChainedOptimizer.load_state_dict, "repaired_by_megatron_vwn")
+    chain, one = object.__new__(ChainedOptimizer), SimpleNamespace(load_state_dict=lambda state: loaded.append(state))
+    chain.chained_optimizers, loaded = [one], []
+    part = {"optimizer": {"param_groups": [{"is_expert_parallel": True}]}}
+    chain.load_state_dict({0: part, 1: part})
+    assert len(loaded[0]["optimizer"]["param_groups"]) == 2
+
+
+def adam():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))])
+    return SimpleNamespace(optimizer=optimizer, optimizer_state_keys=("exp_avg", "exp_avg_sq"))
+
+
+def one_step(self):
+    (step,) = {state["step"].item() for state in self.optimizer.state.values()} or {None}
+    assert step is not None
+    return step
+
+
+def test_gives_a_fresh_adam_its_state_where_megatron_needs_it():
+    fresh = adam()
+    assert torch_adam._state_dict_of_fresh_optimizer_too(one_step)(fresh) == 0
+    assert len(fresh.optimizer.state) == 2
+
+
+def test_leaves_a_fresh_adam_alone_where_megatron_does_not_need_it():
+    fresh = adam()
+    assert torch_adam._state_dict_of_fresh_optimizer_too(lambda self: "saved")(fresh) == "saved"
+    assert not fresh.optimizer.state
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_parts_only_steps_that_are_one_tensor(shared):
+    step = torch.tensor(5.0)
+    given = [step, step if shared else step.clone()]
+
+    def load(self, state_dict):
+        for parameter, value in zip(self.optimizer.param_groups[0]["params"], given, strict=True):
+            self.optimizer.state[parameter] = {"step": value}
+
+    loaded = adam()
+    torch_adam._load_state_dict_with_own_steps(load)(loaded, {})
+    first, second = (state["step"] for state in loaded.optimizer.state.values())
+    assert first is step and (second is given[1]) == (not shared)
+    assert first.data_ptr() != second.data_ptr() and second == 5
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.owner}.{use.name}")
+def test_the_installed_packages_are_those_of_the_contract(use):
+    pytest.importorskip(use.package)
+    assert drift(use) is None
+    assert (ROOT / use.file).is_file()
+
+
+def private_uses(path):
+    """Private names that a file reaches through anything but itself and its own package."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    foreign = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+            names = [alias.name for alias in node.names]
+            foreign |= set(names) if "._" in node.module else {name for name in names if private(name)}
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            base = node.value
+            is_super = isinstance(base, ast.Call) and getattr(base.func, "id", None) == "super"
+            if is_super or not (getattr(base, "id", None) in ("self", "cls") or node.attr in own):
+                foreign.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "setattr", "hasattr"):
+            name = getattr(node.args[1], "value", None)
+            if isinstance(name, str) and private(name):
+                foreign.add(name)
+    return foreign - OURS
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_every_private_name_stands_in_the_contract():
+    known = {(use.file, use.name) for use in USES}
+    found = {(str(path.relative_to(ROOT)), name) for path in ROOT.rglob("*.py") for name in private_uses(path)}
+    assert not found - known
+
+
+def test_the_scan_finds_a_new_private_name(tmp_path):
+    file = tmp_path / "new.py"
+    file.write_text("from torch.nn import _secret\nimport megatron\nmegatron.core._other()\nsuper()._third()\n")
+    assert private_uses(file) == {"_secret", "_other", "_third"}
+
+
+@pytest.mark.parametrize("owner, name", PATCHED)
+@pytest.mark.parametrize("found", [None, lambda other: None])
+def test_refuses_a_megatron_without_what_it_repairs(monkeypatch, owner, name, found):
+    before = state()
+    if found is None:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, found)
+    drifted = rf"{name} (is gone|takes \(.*\), not \(.*\))"
+    with pytest.raises(VirtualWidthError, match=rf"^megatron-core 0\.19.*{drifted}; install megatron-core 0\.19\.2\.$"):
+        apply_fixes()
+    after = [getattr(owner, name, None) for owner, name in PATCHED]
+    assert sum(old is not new for old, new in zip(before, after, strict=True)) == 1, "repaired in spite of it"
+
+
+def test_refuses_a_megatron_that_does_not_name_its_adam(monkeypatch):
+    monkeypatch.delattr(distrib_optimizer, "HAVE_APEX_OR_TE")
+    with pytest.raises(VirtualWidthError, match=r"^megatron-core 0\.19.*HAVE_APEX_OR_TE is gone; .*\.$"):
+        apply_fixes()
+
+
+@pytest.mark.parametrize("part", ["decoder", "embedding", "mtp"])
+def test_refuses_a_model_with_a_stock_part(monkeypatch, part):
+    def build(self, *args, **kwargs):  # a Megatron that takes its classes from elsewhere
+        torch.nn.Module.__init__(self)
+        self.pre_process = self.mtp_process = True
+        parts = {"decoder": VirtualWidthStack, "embedding": OverWidthEmbedding, "mtp": VirtualWidthMTPBlock}
+        for name, kind in parts.items():
+            module = torch.nn.Linear(1, 1) if name == part else object.__new__(kind)
+            self.__dict__[name] = module
+
+    monkeypatch.setattr(HybridModel, "__init__", build)
+    with pytest.raises(VirtualWidthError, match=rf"^megatron-core 0\.19.*'s {part} as Linear, not as .*\.$"):
+        VirtualWidthModel(
+            SimpleNamespace(hidden_size=32),
+            None,
+            virtual_width=VirtualWidthConfig(m=2, n=4),
+            pg_collection=SimpleNamespace(),
+        )
+
+
+def test_refuses_a_megatron_that_moved_the_embedding(monkeypatch):
+    monkeypatch.delattr(hybrid_model, "LanguageModelEmbedding")
+    with pytest.raises(VirtualWidthError, match=r"^megatron-core 0\.19.* from LanguageModelEmbedding: .*\.$"):
+        VirtualWidthModel(
+            SimpleNamespace(hidden_size=32),
+            None,
+            virtual_width=VirtualWidthConfig(m=2, n=4),
+            pg_collection=SimpleNamespace(),
+        )
