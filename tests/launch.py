@@ -5,7 +5,8 @@ Megatron costs about ten seconds of a core, so a server imports it once and fork
 per pytest process and kind (with Triton's interpreter or without) starts when it is first asked for.
 
 What a forked rank cannot show, and what ``real()`` is for: imports in a fresh process, torchrun's own behaviour,
-signals to the launcher, and the line that tells of the emulated GPU, because the emulation is installed when the rank begins.
+signals to the launcher, and the line that tells of the emulated GPU, because the emulation is installed when the rank
+begins.
 """
 
 import atexit
