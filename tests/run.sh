@@ -6,4 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/venv.sh
 prepare_venv
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest "$@"
+# Two processes, each with whole files; a later "-n 0" among the arguments runs everything in one. tests/conftest.py sets
+# the order, which xdist would otherwise replace by the number of tests.
+exec .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

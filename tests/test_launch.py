@@ -1,0 +1,53 @@
+"""Sessions in forks of a server end as those under torchrun do."""
+
+import subprocess
+
+import launch
+import pytest
+
+RANKS = """
+import os, sys, time
+import torch.distributed as dist
+rank = int(os.environ["RANK"])
+if sys.argv[1] == "fails" and rank == 1:
+    raise ValueError("rank 1 cannot")
+if sys.argv[1] in ("fails", "hangs"):
+    time.sleep(600)
+dist.init_process_group("gloo")
+print(f"rank {rank} of {dist.get_world_size()} in {os.getcwd()} with {os.environ['GIVEN']}")
+sys.exit(3 if sys.argv[1] == "exits" else None)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(RANKS)
+    return path
+
+
+def test_ranks_meet_in_the_given_folder_and_environment(script, tmp_path):
+    done = launch.session(2, script, "meets", env={"GIVEN": "this"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2 in {tmp_path} with this" for rank in range(2)]
+
+
+def test_a_rank_that_fails_ends_those_that_wait(script):
+    done = launch.session(2, script, "fails")
+    assert done.returncode == 1
+    assert "ValueError: rank 1 cannot" in done.stderr
+
+
+def test_exit_codes_and_timeouts_come_back(script):
+    assert launch.session(1, script, "exits", env={"GIVEN": ""}).returncode == 3
+    with pytest.raises(subprocess.TimeoutExpired):
+        launch.session(2, script, "hangs", timeout=1)
+    assert launch.session(1, script, "meets", env={"GIVEN": ""}).returncode == 0  # the server goes on
+
+
+def test_what_is_read_at_import_needs_a_process_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; print(os.environ['TORCH_LOGS'], 'megatron' in sys.modules)")
+    assert launch.session(0, script, env={"TORCH_LOGS": "-dynamo"}).stdout == "-dynamo False\n"
+    script.write_text("import os, sys; print('RANK' in os.environ, 'megatron' in sys.modules)")
+    assert launch.session(0, script).stdout == "False True\n"
