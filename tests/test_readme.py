@@ -1,4 +1,4 @@
-"""What the README says about Megatron's flags is what happens, and what it names exists."""
+"""What the support matrix says about Megatron's flags is what happens, and what the Markdown files name exists."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from training.test_refusals import MOCK, MODEL, WIDE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MATRIX = (ROOT / "megatron_vwn" / "training" / "refusals" / "SUPPORT.md").read_text()
 VERDICTS = {"works", "not touched", "refused", "refused by Megatron", "untested on GPU", "other models"}
 OURS = {"refused", "other models"}
 
@@ -57,8 +58,7 @@ SOURCES += ("per_split_data_args_path", "mock_data")
 
 def rows():
     """(patterns, verdict, reason) of every row of the support matrix."""
-    section = README.split("\n## Support matrix\n")[1].split("\n## ")[0]
-    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("|")]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in MATRIX.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row] for row in cells]
     return [(re.findall(r"`(--[^`]+)`", row[0]), row[1], row[2]) for row in cells if row[1] in VERDICTS]
 
@@ -124,18 +124,55 @@ def test_what_works_names_its_tests():
 
 
 def test_every_verdict_is_known():
-    section = README.split("\n## Support matrix\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| `--")]
+    lines = [line for line in MATRIX.splitlines() if line.startswith("| `--")]
     assert len(lines) == len(rows()), [line for line in lines if line.split("|")[2].strip() not in VERDICTS]
 
 
+def documents():
+    """The committed Markdown files and those that git does not ignore, reports of studies apart."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return [ROOT / name for name in listed if "results/" not in name and (ROOT / name).exists()]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+    assert len(README.encode()) <= 12 * 1024
+
+
+def test_links_lead_somewhere():
+    links = [(path, link) for path in documents() for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text())]
+    links = [(path, link.split("#")[0]) for path, link in links if not re.match(r"\w+:", link)]
+    assert len(links) > 30
+    broken = [f"{path.relative_to(ROOT)}: {link}" for path, link in links if link and not (path.parent / link).exists()]
+    assert not broken, "\n".join(broken)
+
+
 def test_files_exist():
-    named = re.findall(r"`((?:megatron_vwn|tests|tools|examples)/[\w./]*|(?:[\w-]+\.(?:txt|toml)))`", README)
-    assert len(named) > 10
-    missing = [name for name in named if not (ROOT / name).exists()]
-    inside = re.findall(r"`((?:ops|modules|parallel)/\w+\.py)", README)
-    missing += [name for name in inside if not (ROOT / "megatron_vwn" / name).exists()]
-    assert not missing
+    named, missing = 0, []
+    for path in documents():
+        if path.name == "CHANGES.md":
+            continue  # names what is gone
+        text = path.read_text()
+        files = re.findall(r"`((?:megatron_vwn|tests|tools|examples)/[\w./-]*\w)`", text)
+        inside = re.findall(r"`((?:ops|modules|parallel|training)/[\w/]+\.py)", text)
+        files = [name for name in files if "/out/" not in name] + [f"megatron_vwn/{name}" for name in inside]
+        named += len(files)
+        missing += [f"{path.relative_to(ROOT)}: {name}" for name in files if not (ROOT / name).exists()]
+    assert named > 60
+    assert not missing, "\n".join(missing)
+
+
+def test_commands_are_of_this_parser(session):
+    """Every flag of the training command is Megatron's and works with a virtual width, or is in training/README.md."""
+    ours = (ROOT / "megatron_vwn" / "training" / "README.md").read_text()
+    command = next(part for part in README.split("\n\n") if "-m megatron_vwn.training.pretrain" in part)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", command)) - {"--nproc-per-node"}
+    assert len(flags) > 35
+    assert {flag for flag in flags if flag.startswith("--vwn-")} <= set(re.findall(r"`(--vwn-[a-z-]+)`", ours))
+    verdicts = {flag: decided(flag) for flag in flags if not flag.startswith("--vwn-") and flag in session}
+    assert {flag for flag in flags if not flag.startswith("--vwn-")} == set(verdicts)
+    assert set(verdicts.values()) <= {"works", "not touched"}, verdicts
 
 
 def answers(valued_file, answers_file):

@@ -1,4 +1,4 @@
-"""``vwn-benchmark table``: what r costs, as the Markdown table of the README.
+"""``vwn-benchmark table``: what r costs, as the Markdown table of benchmark/README.md.
 
 Predictions follow from ``ops.costs`` and stated rates; measured figures come from committed results and nowhere else.
 """

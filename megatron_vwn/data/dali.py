@@ -3,7 +3,7 @@
 Megatron passes what the provider of datasets returns through to its training loop as iterators. The iterators here
 yield the batches of ``--dataloader-type single``, bit for bit and in its order, from any number of consumed samples on:
 
-    token windows (``token_windows``)  ->  DALI: workers, queue, copy to the GPU, cast  ->  torch: shift and masks
+    token windows (``windows``)  ->  DALI: workers, queue, copy to the GPU, cast  ->  torch: shift and masks
 
 Only 4 bytes per token cross process borders and the bus; labels, masks and positions, 24 bytes per token and more, are
 made where they are used. DALI is imported when such an iterator is built.

@@ -2,8 +2,8 @@
 
 ``read`` and ``write`` are pure functions of the state and pass no coefficients to each other. The module
 ``parameters`` has the legend of shape suffixes and what a connection is made of, ``reference`` the paper's equations,
-``composed`` the torch implementation, ``kernels`` the fused one, and ``dispatch`` chooses between the two for the names
-below.
+``eager`` the torch implementation, ``kernels`` the fused one, and ``dispatch`` chooses between the two for the names
+below. ``connection`` makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``.
 """
 
 from megatron_vwn.ops.dispatch import by_kernels, group_norm, normalizes_input, read, why_not_kernels, write, write_read

@@ -20,8 +20,8 @@ from megatron_vwn.recipes.flags import check_flags
 from megatron_vwn.study.plan import Run, Study, check_data, load_study
 
 _FAILED, _INTERRUPTED = 1, 130
-# What the package's extra "study" installs; training needs neither.
-_EXTRA = ("matplotlib", "scipy")
+# What the package's extra "study" installs; training needs none of it.
+_EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from megatron_vwn.study.fit import Fit
 
 AXES = ("tokens", "seconds", "FLOPs")
 # Of the baseline's whole training; single steps say little.
-_SMOOTHING = 0.05
+SMOOTHING = 0.05
 _VALIDATION, _TRAINING, _SECOND = "lm loss validation", "lm loss", "mtp_1 loss"
 Seed = int | None
 
@@ -138,6 +138,10 @@ class Comparison:
     results: list[MetricResult]
     notes: list[str]
 
+    def named(self, axis: str) -> str:
+        """An axis in words: steps stand for tokens where those are unknown."""
+        return self.unit if axis == "tokens" else axis
+
 
 def compare(runs: Sequence[LoggedRun], baseline: str | None, order: Sequence[str] = ()) -> Comparison:
     """Compare all runs with those of the baseline.
@@ -253,7 +257,7 @@ def _compare_metric(
         return None
     budget = max(curve.end for curve in curves[baseline].values())
     if metric.smoothed:
-        window = _SMOOTHING * budget
+        window = SMOOTHING * budget
         curves = {name: {seed: each.smooth(window) for seed, each in seeds.items()} for name, seeds in curves.items()}
     compared = _against(curves, variants, baseline, budget, notes if metric is METRICS[0] else [])
     fits = {

@@ -24,7 +24,7 @@ def count(commands: Mapping[str, Sequence[str]], ranks: int) -> dict[str, dict]:
 
     Returns:
         By name either "flops_per_token" (matrix products, forward and backward: the backbone's as Megatron counts them,
-        a virtual width's by ``training.patched_counts.added_flops``), "parameters" and "trunk_parameters" (without
+        a virtual width's by ``megatron_lm.estimates.added_flops``), "parameters" and "trunk_parameters" (without
         further predictions), or "unknown" with the reason; all of them unknown where Megatron cannot be imported.
     """
     program = [sys.executable, "-W", "ignore", "-m", "megatron_vwn.study.count"]

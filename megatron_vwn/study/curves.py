@@ -113,7 +113,7 @@ def half_interval(values: np.ndarray, axis: int = 0) -> float | np.ndarray | Non
     count = values.shape[axis]
     if count < 2:
         return None
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * values.std(axis=axis, ddof=1) / np.sqrt(count)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values, axis=axis)
     return float(half) if np.ndim(half) == 0 else half
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import linregress
 
 from megatron_vwn.study.curves import Estimate, estimate, half_interval
 
@@ -69,26 +70,19 @@ def fit_widths(label: str, losses: Mapping[str, Mapping[int | None, float]], wid
     table = np.array([[losses[name][seed] for name in names] for seed in seeds])
     if r[0] == 1:
         table = table - table[:, :1] + table[:, 0].mean()
-    lines = np.array([_line(r, row) for row in table])
+    lines = [linregress(np.log2(r), row) for row in table]
     means = table.mean(axis=0)
-    intercept, slope = _line(r, means)
-    residual = ((means - intercept - slope * np.log2(r)) ** 2).sum()
-    variance = ((means - means.mean()) ** 2).sum()
+    line = linregress(np.log2(r), means)
     return Fit(
         label=label,
         r=r,
         losses=means,
         names=tuple(names),
-        intercept=intercept,
-        slope=slope,
-        r_squared=float(1 - residual / variance) if variance else float("nan"),
-        seed_slopes=estimate(lines[:, 1]),
-        seed_lines=lines,
+        intercept=float(line.intercept),
+        slope=float(line.slope),
+        r_squared=float(line.rvalue**2),
+        seed_slopes=estimate([each.slope for each in lines]),
+        seed_lines=np.array([(each.intercept, each.slope) for each in lines]),
         errors=half_interval(table),
         seeds=seeds,
     )
-
-
-def _line(r: np.ndarray, losses: np.ndarray) -> tuple[float, float]:
-    slope, intercept = np.polyfit(np.log2(r), losses, 1)
-    return float(intercept), float(slope)

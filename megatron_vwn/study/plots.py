@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from megatron_vwn.study.compare import AXES, Comparison, MetricResult
-from megatron_vwn.study.curves import difference, spread
+from megatron_vwn.study.curves import Curve, difference, spread
 from megatron_vwn.study.fit import Fit
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B4FA2")
@@ -82,53 +82,52 @@ def _losses(comparison: Comparison, result: MetricResult) -> Figure:
     shown = []
     for name in result.curves:
         seeds = result.longest(name)
-        curves = spread(list(seeds.values()))
-        if not len(curves.x):
-            continue
-        style, count = _style(comparison, name), len(seeds)
-        axes.plot(curves.x, curves.mean, **style, linewidth=1.7, label=f"{name} ({count} seed{'s' * (count > 1)})")
-        axes.fill_between(curves.x, curves.low, curves.high, color=style["color"], alpha=0.15, linewidth=0)
-        inside = curves.x >= _SHOWN_FROM * result.budget
-        shown += [*curves.low[inside], *curves.high[inside]]
-    if shown:
-        margin = 0.04 * (max(shown) - min(shown)) or 0.01
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    _label_x(axes, comparison, result.budget)
+        label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        shown += _band(axes, comparison, result, name, list(seeds.values()), label=label)
+    _frame(axes, comparison, result, shown, margin=0.04)
     axes.set_ylabel(result.metric.title)
     axes.set_title("Mean of the seeds; bands from the lowest to the highest", loc="left")
-    _legend(axes)
     return figure
 
 
 def _gaps(comparison: Comparison, result: MetricResult) -> Figure | None:
     plain = result.longest(comparison.baseline)
     figure, axes = pyplot.subplots(figsize=(7.4, 4.4))
-    drawn, shown = False, [0.0]
+    shown = []
     for name in result.curves:
         pairs = [difference(curve, plain[seed]) for seed, curve in result.longest(name).items() if seed in plain]
         pairs = [pair for pair in pairs if pair is not None]
         if name == comparison.baseline or not pairs:
             continue
-        gaps, style = spread(pairs), _style(comparison, name)
-        if not len(gaps.x):
-            continue
         mark = {} if result.metric.smoothed else {"marker": _marker(comparison, name), "markersize": 4}
-        axes.plot(gaps.x, gaps.mean, **style, **mark, linewidth=1.7, label=name)
-        axes.fill_between(gaps.x, gaps.low, gaps.high, color=style["color"], alpha=0.15, linewidth=0)
-        inside = gaps.x >= _SHOWN_FROM * result.budget
-        shown += [*gaps.low[inside], *gaps.high[inside]]
-        drawn = True
-    if not drawn:
+        shown += _band(axes, comparison, result, name, pairs, label=name, **mark)
+    if not axes.lines:
         pyplot.close(figure)
         return None
     axes.axhline(0, color=_BASELINE, linestyle="--", linewidth=1.2, label=f"{comparison.baseline} (0)")
-    margin = 0.05 * (max(shown) - min(shown)) or 0.01
-    axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    _label_x(axes, comparison, result.budget)
+    _frame(axes, comparison, result, [0.0, *shown], margin=0.05)
     axes.set_ylabel(f"{result.metric.title}\nminus the baseline's")
     axes.set_title("Below 0 is better; pairs of equal seeds, bands from the lowest to the highest", loc="left")
-    _legend(axes)
     return figure
+
+
+def _band(axes, comparison: Comparison, result: MetricResult, name: str, curves: list[Curve], **line) -> list[float]:
+    """Draw the mean of a variant's curves and their band; returns the values that should be in sight."""
+    each, style = spread(curves), _style(comparison, name)
+    if not len(each.x):
+        return []
+    axes.plot(each.x, each.mean, **style, **line, linewidth=1.7)
+    axes.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.15, linewidth=0)
+    inside = each.x >= _SHOWN_FROM * result.budget
+    return [*each.low[inside], *each.high[inside]]
+
+
+def _frame(axes, comparison: Comparison, result: MetricResult, shown: list[float], margin: float) -> None:
+    if shown:
+        room = margin * (max(shown) - min(shown)) or 0.01
+        axes.set_ylim(min(shown) - room, max(shown) + room)
+    _label_x(axes, comparison, result.budget)
+    _legend(axes)
 
 
 def _widths(comparison: Comparison, result: MetricResult) -> Figure | None:
@@ -144,7 +143,7 @@ def _widths(comparison: Comparison, result: MetricResult) -> Figure | None:
         ticks = sorted({float(r) for fit in result.fits[axis] for r in fit.r})
         axes.set_xticks(np.log2(ticks), [f"{tick:g}" for tick in ticks])
         axes.set_xlabel("r (log scale)")
-        named = f"at equal {comparison.unit if axis == 'tokens' else axis}"
+        named = f"at equal {comparison.named(axis)}"
         if len(result.fits[axis]) == 1:
             fit = result.fits[axis][0]
             named += f"\nslope {fit.slope:+.4f}, $R^2$ = {fit.r_squared:.3f}"
@@ -178,7 +177,7 @@ def _budgets(comparison: Comparison, result: MetricResult) -> Figure | None:
             if gap is None:
                 continue
             y = place + (index - (len(axes_with) - 1) / 2) * 0.22
-            label = f"equal {comparison.unit if axis == 'tokens' else axis}"
+            label = f"equal {comparison.named(axis)}"
             known = axes.get_legend_handles_labels()[1]
             axes.errorbar(
                 gap.mean,
@@ -190,9 +189,7 @@ def _budgets(comparison: Comparison, result: MetricResult) -> Figure | None:
                 capsize=3,
                 label=None if label in known else label,
             )
-    axes.axvline(0, color=_BASELINE, linestyle="--", linewidth=1.2)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    _names_down(axes, names, 0)
     axes.set_xlabel(f"{result.metric.title} minus the baseline's")
     axes.set_title("Left of 0 is better; lines are 95 % intervals over seeds", loc="left")
     _legend(axes)
@@ -223,13 +220,18 @@ def _speedups(comparison: Comparison) -> Figure | None:
             axes.barh(y, here.speedup.mean, height=0.92 * height, color=_COLOURS[index], alpha=0.55, label=label)
             each = [result.budget / x for x in here.reached.values() if x is not None]
             axes.plot(each, [y] * len(each), "o", color=_BASELINE, markersize=3.5, alpha=0.8)
-    axes.axvline(1, color=_BASELINE, linestyle="--", linewidth=1.2)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    _names_down(axes, names, 1)
     axes.set_xlabel(f"{comparison.unit} of the baseline over {comparison.unit} to its final loss")
     axes.set_title("Right of 1 is better; dots are seeds that reach it", loc="left")
     _legend(axes)
     return figure
+
+
+def _names_down(axes, names: list[str], baseline: float) -> None:
+    """One row per variant, the first on top, and a line where a variant is like the baseline."""
+    axes.axvline(baseline, color=_BASELINE, linestyle="--", linewidth=1.2)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _label_x(axes, comparison: Comparison, budget: float) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.compare import AXES, Comparison, compare
-from megatron_vwn.study.document import as_html, as_markdown
 from megatron_vwn.study.events import LoggedRun, find_runs
 from megatron_vwn.study.folder import RECORD, STUDY, read_json
 from megatron_vwn.study.plots import draw
-from megatron_vwn.study.text import document
+from megatron_vwn.study.render import as_html, as_markdown
 
 
 def write_report(folders: Sequence[Path], output: Path, baseline: str | None, command: str) -> list[str]:
@@ -44,9 +43,9 @@ def write_report(folders: Sequence[Path], output: Path, baseline: str | None, co
         raise VirtualWidthError(f"{output} cannot be written ({error.strerror}): give another --output.") from None
     try:
         plots = draw(comparison, staging)
-        blocks = document(comparison, runs, plots, study, command)
-        (staging / "report.md").write_text(as_markdown(blocks))
-        (staging / "report.html").write_text(as_html(blocks, staging))
+        text = as_markdown(comparison, runs, plots, study, command)
+        (staging / "report.md").write_text(text)
+        (staging / "report.html").write_text(as_html(text, study.get("title") or "Comparison of runs", staging))
         _write_csv(staging / "results.csv", _results(comparison))
         _write_csv(staging / "curves.csv", _curves(comparison))
         staging.chmod(0o755)

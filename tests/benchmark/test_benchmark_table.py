@@ -1,4 +1,4 @@
-"""The README's table of what r costs: predictions from the formulas, measurements from committed results only."""
+"""benchmark/README.md has the table of what r costs: predictions from formulas, measurements from committed results."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_vwn.benchmark.__main__ import main
 from megatron_vwn.benchmark.report import RESULTS, SCHEMA
 from megatron_vwn.benchmark.table import Rates
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "megatron_vwn" / "benchmark" / "README.md"
 
 
 def cells(text):

@@ -15,7 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from training.patched_tree import FLAGS, WIDE, losses
+from megatron_lm.patched_tree import FLAGS, WIDE, losses
 
 TREE, FOLDER, RANK = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ.get("RANK", "0"))
 SAVE = ["--save", str(FOLDER / "checkpoints"), "--save-interval", "2"]

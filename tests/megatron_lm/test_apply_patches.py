@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from training.patched_tree import TARGETS, small_tree
+from megatron_lm.patched_tree import TARGETS, small_tree
 
 from megatron_vwn.megatron_lm import apply_patches
 

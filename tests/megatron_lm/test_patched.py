@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training.patched_tree import FLAGS, WIDE, losses, whole_tree
+from megatron_lm.patched_tree import FLAGS, WIDE, losses, whole_tree
 
 from megatron_vwn.megatron_lm import apply_patches
 from megatron_vwn.ops.costs import Width, kept_stream_bytes, matrix_flops

@@ -70,7 +70,7 @@ def test_loss_and_gradients_to_the_bit(report, name):
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_what_the_forward_pass_keeps(report, name):
-    """The formulas of ``modules.stream_recompute``, as numbers of states H and of vectors X and Y."""
+    """The formulas of ``modules.recompute``, as numbers of states H and of vectors X and Y."""
     size, fused = MEMORY[name]
     kept = report["memory"][name]["kept"]
     if size is None:

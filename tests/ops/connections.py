@@ -33,12 +33,11 @@ def leaves(p):
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def gradients(outputs, inputs, rounded_to=torch.float64):
-    """Gradients of a fixed random weighting of the outputs, by input name; the weights are rounded, so that two dtypes
-    can have the same."""
+def gradients(outputs, inputs):
+    """Gradients of a fixed random weighting of the outputs, by input name."""
     generator, loss = torch.Generator().manual_seed(5), 0
     for output in outputs:
-        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(rounded_to)
+        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         loss = loss + (output * weight.to(output.device, output.dtype)).sum()
     return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True), strict=True))
 

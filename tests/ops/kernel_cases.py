@@ -1,12 +1,15 @@
 """Which streams the kernels are tested with; every pair, segment size, number of tokens, switch and dtype appears.
 
-T = 7 and 129 are multiples of no tile; E = 96 is no power of two. Large ones are few: the interpreter needs a second
-for what a GPU does in microseconds.
+T = 7 and 129 are multiples of no tile; E = 96 is no power of two. A GPU computes all of a product; Triton's interpreter
+needs a second for what a GPU does in microseconds, and computes a selection with every two values that meet in the
+product.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
+from ops.pairwise import cover, pairs_of
 
 PAIRS = [(1, 1), (1, 4), (1, 8), (2, 3), (2, 4), (4, 4), (4, 16), (4, 32), (8, 64)]
 SWITCHES = {
@@ -50,10 +53,38 @@ class Case(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         return f"({self.m},{self.n}) E={self.segment} T={self.tokens} {dtype}, {self.switches}"
 
+    @property
+    def values(self) -> tuple:
+        """What pairs are made of; a static connection has no gate, so that "static" stands among gates."""
+        return (self.m, self.n), *self.switches.split(", "), self.dtype, self.tokens, self.segment
 
-CASES = [Case(m, n, *size) for m, n in PAIRS for size in _OF_EVERY_PAIR]
-CASES += [Case(*pair, *size) for size, pairs in _LARGER.items() for pair in pairs]
-# With the norm of the sublayer's input in the read.
+
+def _selection(cases: list[Case]) -> list[Case]:
+    """Every pair of values of these cases, in fewer ones. Streams and sizes meet only as they do there, because of the
+    time that larger ones need; gates, carries and dtypes meet all of them."""
+    streams = dict.fromkeys(((case.m, case.n), case.tokens, case.segment) for case in cases)
+    dtypes = dict.fromkeys(case.dtype for case in cases)
+    rows = [
+        (pair, *switches.split(", "), dtype, tokens, segment)
+        for (pair, tokens, segment), switches, dtype in product(streams, SWITCHES, dtypes)
+    ]
+    chosen = cover(rows, pairs_of(case.values for case in cases), _cost)
+    chosen = [
+        Case(*pair, dtype, tokens, segment, f"{gate}, {carry}") for pair, gate, carry, dtype, tokens, segment in chosen
+    ]
+    # Those that differ in their dtype alone follow each other.
+    return sorted(chosen, key=lambda case: (case._replace(dtype=""), str(case.dtype)))
+
+
+def _cost(row: tuple) -> float:
+    """The number of cases is what counts; of rows with as many new pairs, those with less to compute."""
+    (_, n), _, _, _, tokens, segment = row
+    return 1 + 3e-6 * n * tokens * segment
+
+
+PRODUCT = [Case(m, n, *size) for m, n in PAIRS for size in _OF_EVERY_PAIR]
+PRODUCT += [Case(*pair, *size) for size, pairs in _LARGER.items() for pair in pairs]
+# With the norm of the sublayer's input in the read: so few of a product that a selection is no smaller.
 NORMED_CASES = [
     Case(1, 1, torch.float32, 129, 32, "tanh, full"),
     Case(1, 4, torch.float32, 7, 96, "sigmoid, full"),
@@ -67,9 +98,10 @@ NORMED_CASES = [
     Case(4, 16, torch.bfloat16, 7, 96, "sigmoid, identity"),
     Case(4, 16, torch.float16, 7, 96, "tanh, full"),
 ]
+CASES = _selection(PRODUCT)
 TRAFFIC_PAIRS = [(1, 1), (1, 4), (2, 3), (1, 8), (4, 16), (4, 32), (8, 64)]
 # What needs more tokens than an interpreter can.
-GPU_CASES = CASES + [
+GPU_CASES = PRODUCT + [
     Case(m, n, dtype, tokens, segment, "tanh, full")
     for m, n in PAIRS
     for dtype, tokens, segment in ((torch.float32, 129, 32), (torch.bfloat16, 129, 1024), (torch.bfloat16, 4096, 256))

@@ -1,5 +1,7 @@
 """Checks of the fused kernels against the fp64 reference, on the device they are given: the interpreter's, or a GPU."""
 
+from functools import lru_cache
+
 import torch
 from ops.connections import connection, gradients, leaves, state_and_output
 from ops.kernel_cases import SWITCHES, Case
@@ -15,6 +17,8 @@ _TOGETHER = [("drouting", "dscale"), ("dnext routing", "dnext scale")]
 # As large as the mean square: without it the norm of a single scaled segment has no gradient to compare.
 _NORM_EPS = 1.0
 
+_OUTPUTS = {"read": ["x"], "write": ["h'"], "write_read": ["h'", "x"]}
+
 
 def check_parity(case: Case, device: str = "cpu", normed: bool = False) -> dict[str, float]:
     """Relative errors of outputs and of each gradient by name, for the three operations, as "operation: name".
@@ -24,40 +28,63 @@ def check_parity(case: Case, device: str = "cpu", normed: bool = False) -> dict[
         device: where to compute.
         normed: whether the reads normalise what they read.
     """
-    p, q = (
-        _moved(connection(case.m, case.n, case.segment, **SWITCHES[case.switches], dtype=case.dtype, seed=seed), device)
-        for seed in (0, 9)
-    )
-    h, y = (
-        t.detach().to(device).requires_grad_() for t in state_and_output(case.tokens, p, case.segment, dtype=case.dtype)
-    )
+    exact_inputs, expected = _exact(case._replace(dtype=None), device, normed)
+    inputs = {name: t.detach().to(case.dtype).requires_grad_() for name, t in exact_inputs.items()}
+    p, q = (_replaced(p, inputs, prefix) for p, prefix in zip(_connections(case), ("", "next "), strict=True))
+    h, y = inputs["h"], inputs["y"]
+    norm = InputNorm(inputs["input norm"], _NORM_EPS) if normed else None
+    operations = {
+        "read": lambda: [kernels.read(h, p, norm)],
+        "write_read": lambda: kernels.write_read(h, y, p, q, norm),
+    }
+    if not normed:
+        operations["write"] = lambda: [kernels.write(h, y, p)]
+    errors = {}
+    for operation, compute in operations.items():
+        outputs, wanted = compute(), expected[operation]
+        found = dict(zip(_OUTPUTS[operation], outputs, strict=True))
+        for name, tensor in found.items():
+            assert tensor.dtype == case.dtype, f"{name} has the dtype {tensor.dtype}"
+        found |= {f"d{name}": gradient for name, gradient in gradients(outputs, inputs).items()}
+        compared = {name: (found[name], tensor) for name, tensor in wanted.items()}
+        errors |= {f"{operation}: {name}": error for name, error in _errors(compared).items()}
+    return errors
+
+
+@lru_cache(maxsize=1)
+def _exact(case: Case, device: str, normed: bool) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Inputs of a case in fp64, before they are rounded to any dtype, and of each operation what the reference makes of
+    them, outputs and gradients: computed once for the cases that differ in their dtype alone, which follow each other.
+    One is kept, as they may be large."""
+    p, q = (_moved(p, device) for p in _connections(case))
+    h, y = (t.detach().to(device).requires_grad_() for t in state_and_output(case.tokens, p, case.segment))
     inputs = {"h": h, "y": y, **leaves(p), **{f"next {name}": leaf for name, leaf in leaves(q).items()}}
+    norm = None
     if normed:
         generator = torch.Generator().manual_seed(7)
         weight = 1 + 0.3 * torch.randn(case.m * case.segment, generator=generator, dtype=torch.float64)
-        inputs["input norm"] = weight.to(device, case.dtype).requires_grad_()
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-    exact_p, exact_q = _replaced(p, exact, ""), _replaced(q, exact, "next ")
-    norm, exact_norm = (InputNorm(t["input norm"], _NORM_EPS) if normed else None for t in (inputs, exact))
-    between = reference.write(exact["h"], exact["y"], exact_p)
-    out, x = kernels.write_read(h, y, p, q, norm)
+        inputs["input norm"] = weight.to(device).requires_grad_()
+        norm = InputNorm(inputs["input norm"], _NORM_EPS)
+    between = reference.write(h, y, p)
     operations = {
-        "read": ({"x": kernels.read(h, p, norm)}, {"x": reference.read(exact["h"], exact_p, exact_norm)}),
-        "write": ({"h'": kernels.write(h, y, p)}, {"h'": reference.write(exact["h"], exact["y"], exact_p)}),
-        "write_read": ({"h'": out, "x": x}, {"h'": between, "x": reference.read(between, exact_q, exact_norm)}),
+        "read": [reference.read(h, p, norm)],
+        "write": [reference.write(h, y, p)],
+        "write_read": [between, reference.read(between, q, norm)],
     }
-    if normed:
-        del operations["write"]
-    errors = {}
-    for operation, (actual, expected) in operations.items():
-        compared = {name: (actual[name], expected[name]) for name in actual}
-        wanted = gradients(expected.values(), exact, case.dtype)
-        found = gradients(actual.values(), inputs, case.dtype)
-        compared |= {f"d{name}": (found[name], wanted[name]) for name in inputs if wanted[name] is not None}
-        errors |= {f"{operation}: {name}": error for name, error in _errors(compared).items()}
-        for name, tensor in actual.items():
-            assert tensor.dtype == case.dtype, f"{name} has the dtype {tensor.dtype}"
-    return errors
+    expected = {}
+    for operation, outputs in operations.items():
+        named = dict(zip(_OUTPUTS[operation], outputs, strict=True))
+        found = {name: g for name, g in gradients(outputs, inputs).items() if g is not None}
+        expected[operation] = {
+            **{name: output.detach() for name, output in named.items()},
+            **{f"d{name}": gradient for name, gradient in found.items()},
+        }
+    return inputs, expected
+
+
+def _connections(case: Case) -> tuple:
+    """The one that is written, and the next."""
+    return tuple(connection(case.m, case.n, case.segment, **SWITCHES[case.switches], seed=seed) for seed in (0, 9))
 
 
 def check_group_norm(dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:

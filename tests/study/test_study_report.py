@@ -1,6 +1,7 @@
 """vwn-study report on event files whose speed-ups, slopes and losses at equal budgets are known in closed form."""
 
 import csv
+import html
 import json
 import math
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from study_events import STEPS, TOKENS, falling, megatron_arguments, write_run
+from study.event_files import STEPS, TOKENS, falling, megatron_arguments, write_run
 
 from megatron_vwn.study import __main__ as program
 from megatron_vwn.study import report as _study_report
@@ -224,6 +225,19 @@ def test_unknown_tokens_make_steps_the_axis(tmp_path, capsys):
     assert "steps stand for tokens" in capsys.readouterr().out
     text = (tmp_path / "runs" / "report" / "report.md").read_text()
     assert "No run was validated" in text and "400 steps" in text
+
+
+def test_names_of_runs_are_text_in_both_formats(tmp_path):
+    names = ["<img src=x onerror=alert(1)>", "a|b*c*_d_`e`[f](g)#"]
+    for name, fall in zip(["base", *names], (1.0, 2.0, 0.5), strict=True):
+        write_run(tmp_path / "runs" / name, {"lm loss": falling(fall, every=1)}, samples=False)
+    assert program.main(["report", str(tmp_path / "runs")]) == 0
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "<img" not in text and r"| a\|b\*c\*\_d\_\`e\`\[f\](g)\# | - | 1 |" in text
+    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    for name in names:
+        assert f"<td>{html.escape(name, quote=False)}</td>" in page
+    assert page.count("<img") == page.count('src="data:image/svg+xml;base64,')
 
 
 def refusal(capsys, *words) -> str:

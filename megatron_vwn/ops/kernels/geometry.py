@@ -18,7 +18,7 @@ _MIN_DOT = 16
 
 @dataclass(frozen=True)
 class Geometry:
-    """A kernel's constants; one object, so that kernels and their helpers agree. Suffixes as in ``ops.kernels.tiles``.
+    """A kernel's constants; one object, so that kernels and their helpers agree. Suffixes as in ``ops.kernels.device``.
 
     Attributes:
         m, n: of the stream.

@@ -6,7 +6,7 @@ in the gradients follows from the Gram matrix H H^T of each token. With u = dXn 
 
     dX = s u - k X          H dX^T = s H u^T - k (H H^T) F          u . X = sum of F o (H u^T)
 
-and the last walk over E makes each chunk of s X again. Suffixes as in ``ops.kernels.tiles``.
+and the last walk over E makes each chunk of s X again. Suffixes as in ``ops.kernels.device``.
 """
 
 import triton

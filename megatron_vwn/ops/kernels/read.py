@@ -1,7 +1,7 @@
 """Kernels of ``read``: X_i = H_i + sum_j dA[j, i] H_j, and its gradients.
 
 Two walks over E: the first forms the logits, which need all channels of a segment, the second the products. The second
-finds H in a cache. ``ops.kernels.tiles`` explains tiles and suffixes.
+finds H in a cache. ``ops.kernels.device`` explains tiles and suffixes.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """Kernels of ``write_read``: one connection's write and the next one's read, across the boundary of two sublayers.
 
 The state between them, H', is stored once in the forward pass and rebuilt from H and Y in the backward pass. Suffixes
-as in ``ops.kernels.tiles``; w marks the write's parameters, r those of the next read.
+as in ``ops.kernels.device``; w marks the write's parameters, r those of the next read.
 """
 
 import triton

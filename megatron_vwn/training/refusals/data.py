@@ -1,6 +1,6 @@
 """What is known to be wrong with the data of a run before the run starts.
 
-Files are looked at by ``indexed_data``; here Megatron's flags are turned into the list of those files, and flags about
+Files are looked at by ``data.indexed``; here Megatron's flags are turned into the list of those files, and flags about
 data that would be ignored, or end in an assertion deep inside Megatron, are refused.
 """
 

@@ -1,0 +1,198 @@
+"""A report as Markdown from ``report.md.j2``, and that Markdown as one HTML file that needs no network."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+from markdown import markdown
+from markupsafe import Markup
+
+from megatron_vwn.study.compare import AXES, SMOOTHING, Compared, Comparison, Variant
+from megatron_vwn.study.curves import Estimate
+from megatron_vwn.study.events import LoggedRun
+
+_NOTHING = "-"
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+# An underscore inside a word stands for itself.
+_SPECIAL = re.compile(r"[\\`*\[\]|#]|(?<![^\W_])_|_(?![^\W_])")
+_IMAGE = re.compile(r'(<img alt="[^"<]*" src=")([\w-]+)\.png"')
+
+
+def as_markdown(
+    comparison: Comparison, runs: Sequence[LoggedRun], plots: Mapping[str, str], study: Mapping, command: str
+) -> str:
+    """The report for a repository; plots are PNG files beside it.
+
+    Args:
+        comparison: what was found.
+        runs: all that were read.
+        plots: names of files and captions.
+        study: ``study.json``; empty for other folders.
+        command: that made the report.
+    """
+    environment = _environment(finalize=_escape)
+    environment.filters |= _FILTERS
+    said = environment.get_template("report.md.j2").render(
+        comparison=comparison,
+        runs=runs,
+        records=[run.record for run in runs if run.record],
+        plots=plots,
+        study=study,
+        command=command,
+        axes=AXES,
+        smoothing=SMOOTHING,
+    )
+    return re.sub(r"\n{3,}", "\n\n", said).strip() + "\n"
+
+
+def as_html(text: str, title: str, folder: Path) -> str:
+    """The report ``text`` for a browser; plots are read from ``folder`` and become part of it."""
+
+    def embedded(image: re.Match) -> str:
+        data = base64.b64encode((folder / f"{image[2]}.svg").read_bytes()).decode()
+        return f'{image[1]}data:image/svg+xml;base64,{data}"'
+
+    body = markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
+    return _environment().get_template("report.html.j2").render(title=title, body=Markup(_IMAGE.sub(embedded, body)))
+
+
+def _environment(**options) -> Environment:
+    loader = PackageLoader("megatron_vwn.study", "")
+    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, **options)
+
+
+def _escape(value: object) -> Markup:
+    """A value in Markdown on one line; names of runs are folders' names, which may hold anything."""
+    if isinstance(value, Markup):
+        return value
+    # One line: a name with a line break would end its table.
+    line = re.sub(r"[\r\n]+", " ", str(value))
+    return Markup(_SPECIAL.sub(r"\\\g<0>", line).translate(_ENTITIES))
+
+
+def _code(text: str) -> Markup:
+    """Lines to be copied, between fences that are longer than any in them."""
+    fence = "`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", text))])
+    return Markup(f"{fence}\n{text}\n{fence}")
+
+
+def _number(value: Estimate | None, otherwise: str = _NOTHING, sign: str = "") -> str:
+    if not value:
+        return otherwise
+    return f"{value.mean:{sign}.4f}" + ("" if value.half is None else f" ± {value.half:.4f}")
+
+
+def _signed(value: Estimate | None) -> str:
+    return _number(value, sign="+")
+
+
+def _whole(value: float | None) -> str:
+    return f"{value:,.0f}" if value else _NOTHING
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _verdict(gap: Estimate) -> str:
+    if gap.half is None:
+        return "lower than the baseline in its one seed" if gap.mean < 0 else "not lower than the baseline in one seed"
+    if not gap.clear:
+        return "which the seeds do not tell from 0"
+    return "better than the baseline" if gap.mean < 0 else "worse than the baseline"
+
+
+def _reached(here: Compared, unit: str) -> str:
+    reached = sum(x is not None for x in here.reached.values())
+    asked = sum(x is not None or here.losses["tokens"][seed] is not None for seed, x in here.reached.items())
+    if here.speedup is None:
+        return "the baseline's final loss is not reached"
+    said = f"the baseline's final loss after {here.speedup.mean:.2f} times fewer {unit}"
+    if here.speedup.mean < 1:
+        said = f"the baseline's final loss after {1 / here.speedup.mean:.2f} times as many {unit}"
+    if here.speedup.count > 1:
+        said += f" ({here.speedup.low:.2f} to {here.speedup.high:.2f})"
+    return said + ("" if reached == asked else f", in {reached} of {asked} seeds")
+
+
+def _milliseconds(variant: Variant, unit: str) -> str:
+    if variant.seconds_per_token is None:
+        return _NOTHING
+    return f"{variant.seconds_per_token * (1 if unit == 'steps' else variant.first.tokens_per_step) * 1e3:,.0f}"
+
+
+def _flops(variant: Variant) -> str:
+    return _NOTHING if variant.flops_per_token is None else f"{variant.flops_per_token / 1e6:,.4g}M"
+
+
+def _times(value: float | None, plain: float | None) -> str:
+    return "" if value is None or not plain or value == plain else f" ({value / plain:.2f}x)"
+
+
+def _losing(comparison: Comparison) -> list[str]:
+    """By metric and budget, the variants that are not better than the baseline, or not clearly."""
+    lines = []
+    for result in comparison.results:
+        for axis in AXES:
+            others = [
+                (name, here.gaps.get(axis)) for name, here in result.compared.items() if name != comparison.baseline
+            ]
+            gaps = [(name, gap) for name, gap in others if gap]
+            worse = [(name, gap) for name, gap in gaps if gap.mean >= 0]
+            unclear = [(name, gap) for name, gap in gaps if gap.mean < 0 and gap.half is not None and not gap.clear]
+            where = f"{_capital(result.metric.title)} at equal {comparison.named(axis)}"
+            for said, losers in (("not lower", worse), ("not clearly lower", unclear)):
+                if losers:
+                    names = ", ".join(f"{name} ({_signed(gap)})" for name, gap in losers)
+                    lines.append(f"{where}: {said} with {names}.")
+    return lines
+
+
+def _hardware(record: Mapping) -> str:
+    facts = record.get("hardware") or {}
+    if not facts:
+        return ""
+    cores = f", {facts.get('cores')} cores" if facts.get("device") == "cpu" else ""
+    return f"{facts.get('name')}{cores}, {facts.get('ranks', 1)} rank(s) per run"
+
+
+def _versions(record: Mapping) -> str:
+    unused = ("cuda",) if (record.get("hardware") or {}).get("device") == "cpu" else ()
+    versions = (record.get("versions") or {}).items()
+    return ", ".join(f"{name} {version}" for name, version in versions if version and name not in unused)
+
+
+def _commit(record: Mapping) -> str:
+    commit = record.get("commit")
+    return commit["hash"] + (" with uncommitted changes" if commit.get("dirty") else "") if commit else ""
+
+
+def _clock(run: LoggedRun) -> str:
+    if not run.timing:
+        return ""
+    rounds = run.timing.get("rounds", [])
+    return (
+        f"{run.variant} {', '.join(f'{each * 1e3:.0f}' for each in rounds)} ms per step in {len(rounds)} short runs, "
+        f"load {run.timing.get('load_before', 0):.1f} before"
+    )
+
+
+_FILTERS = {
+    "capital": _capital,
+    "clock": _clock,
+    "code": _code,
+    "commit": _commit,
+    "flops": _flops,
+    "hardware": _hardware,
+    "losing": _losing,
+    "milliseconds": _milliseconds,
+    "number": _number,
+    "reached": _reached,
+    "signed": _signed,
+    "times": _times,
+    "verdict": _verdict,
+    "versions": _versions,
+    "whole": _whole,
+}

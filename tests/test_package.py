@@ -1,0 +1,49 @@
+"""What ``import megatron_vwn`` offers, and what it leaves unimported."""
+
+import subprocess
+import sys
+
+import pytest
+
+import megatron_vwn
+
+
+def run(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_alone_imports_neither_torch_nor_megatron():
+    run(
+        "import sys, megatron_vwn\n"
+        "megatron_vwn.VirtualWidthConfig(m=2, n=4), dir(megatron_vwn)\n"
+        "assert not {'torch', 'megatron', 'triton'} & set(sys.modules), sorted(sys.modules)"
+    )
+
+
+def test_the_connection_needs_no_megatron():
+    run(
+        "import sys\n"
+        "sys.modules['megatron'] = None\n"
+        "import torch\n"
+        "from megatron_vwn import Connection\n"
+        "assert Connection(2, 4, 8)(torch.randn(3, 16), torch.sin).shape == (3, 16)"
+    )
+
+
+def test_every_name_is_there():
+    run(
+        "import megatron_vwn.cpu\n"
+        "megatron_vwn.cpu.install(announce=False)\n"
+        "from megatron_vwn import *\n"
+        "for name in megatron_vwn.__all__:\n"
+        "    assert globals()[name] is getattr(megatron_vwn, name) and globals()[name].__name__ == name"
+    )
+    assert set(megatron_vwn.__all__) <= set(dir(megatron_vwn))
+    assert set(megatron_vwn.__all__) == set(megatron_vwn._HOMES)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'megatron_vwn' has no attribute 'Conection'"):
+        megatron_vwn.Conection  # noqa: B018
+    assert not hasattr(megatron_vwn, "__wrapped__")
