@@ -14,10 +14,10 @@ _PREPARE = """
 import json, sys
 from megatron_vwn import cpu
 emulated = cpu.install()
-from megatron_vwn.training.run import prepare
+from megatron_vwn.training.run import Run
 from megatron_vwn.config import VirtualWidthError
 try:
-    prepare(json.load(sys.stdin), gpu=not emulated)
+    Run.parse(json.load(sys.stdin), gpu=not emulated).check()
 except VirtualWidthError as refusal:
     print("REFUSED", json.dumps(str(refusal)))
 """

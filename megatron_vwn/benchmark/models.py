@@ -27,7 +27,7 @@ from megatron_vwn.megatron_fixes import apply_fixes
 from megatron_vwn.modules.layers import CONNECTED
 from megatron_vwn.ops import reference
 from megatron_vwn.training.model import VirtualWidthModelBuilder, model_config_from_args
-from megatron_vwn.training.run import prepare
+from megatron_vwn.training.run import Run
 
 # What Megatron wants to know although nothing is trained.
 _ALWAYS = "--mock-data --tokenizer-type NullTokenizer --vocab-size 8191 --train-iters 1 --lr 1e-4 --eval-iters 0 "
@@ -70,10 +70,11 @@ def describe(flags: Sequence[str], *, gpu: bool) -> Description:
     typed = {flag.partition("=")[0] for flag in flags}
     added = [words for words in _ALWAYS.replace(" --", "\n--").split("\n") if words.split()[0] not in typed]
     with contextlib.redirect_stdout(io.StringIO()):
-        args, virtual_width = prepare([*flags, *" ".join(added).split()], gpu=gpu)
-    if args.world_size > 1 or args.fp16:
+        run = Run.parse([*flags, *" ".join(added).split()], gpu=gpu)
+        run.check()
+    if run.args.world_size > 1 or run.args.fp16:
         raise VirtualWidthError("vwn-benchmark measures one rank in fp32 or bf16: drop --fp16.")
-    return Description(args, virtual_width)
+    return Description(run.args, run.virtual_width)
 
 
 def groups() -> ProcessGroupCollection:

@@ -10,26 +10,22 @@ Without ``--vwn-*`` flags each of them does what Megatron does. With them the ru
 """
 
 import argparse
-import copy
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
-from megatron.training import arguments, get_tokenizer
+from megatron.training import arguments
 from megatron.training.argument_utils import hybrid_config_from_args as ordinary_config_from_args
-from megatron.training.global_vars import set_global_variables
 from megatron.training.models.hybrid import HybridModelConfig
 
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
-from megatron_vwn.training import run
-from megatron_vwn.training.flags.vwn import record_virtual_width, virtual_width_from_args
+from megatron_vwn.training.flags.vwn import virtual_width_from_args
 from megatron_vwn.training.model import model_config_from_args
-from megatron_vwn.training.refusals.checkpoint import refuse_other_model
-
-_REFUSED = 2
+from megatron_vwn.training.ranks import say_refusal
+from megatron_vwn.training.refusals.checkpoint import read_checkpoint, refuse_other_width
+from megatron_vwn.training.refusals.megatron import quoting_megatron
+from megatron_vwn.training.run import Run, pipeline_arguments
 
 
 def parse_and_validate_args(
@@ -49,23 +45,20 @@ def parse_and_validate_args(
             _refuse_wide_checkpoint(args)
             return args
         apply_fixes()
-        args, virtual_width = run.prepare([*argv, *_typed_defaults(argv, defaults)], gpu=gpu)
-        if args.dataloader_type == "external":
+        run = Run.parse([*argv, *_typed_defaults(argv, defaults)], gpu=gpu)
+        run.check()
+        if run.args.dataloader_type == "external":
             raise VirtualWidthError(
                 "--dataloader-type external needs the data of megatron_vwn.training.pretrain: start that, or choose "
                 "single or cyclic."
             )
-        if virtual_width.log_interval is not None:
+        if run.virtual_width.log_interval is not None:
             raise VirtualWidthError(
                 "--vwn-log-interval observes the forward step of megatron_vwn.training.pretrain: start that, or drop "
                 "the flag."
             )
-        set_global_variables(args)
-        if virtual_width.ngrams:
-            virtual_width = replace(virtual_width, document_end=get_tokenizer().eod)
-            record_virtual_width(args, virtual_width)
-            refuse_other_model(args, virtual_width)
-    return args
+        run.build_tokenizer()
+    return run.args
 
 
 def hybrid_config_from_args(args: argparse.Namespace) -> HybridModelConfig:
@@ -73,13 +66,13 @@ def hybrid_config_from_args(args: argparse.Namespace) -> HybridModelConfig:
     virtual_width = virtual_width_from_args(args)
     if virtual_width is None:
         return ordinary_config_from_args(args)
-    with _refusing(), run.quoting_megatron():
+    with _refusing(), quoting_megatron():
         return model_config_from_args(args, virtual_width)
 
 
 def pipeline(args: argparse.Namespace, model: HybridModelConfig) -> dict[str, object]:
     """Further arguments of ``pretrain()``: the communicator of over-width states, where stages exchange any."""
-    return {} if virtual_width_from_args(args) is None else run.pipeline_arguments(args, model)
+    return {} if virtual_width_from_args(args) is None else pipeline_arguments(args, model)
 
 
 def _typed_defaults(argv: list[str], defaults: Mapping[str, object]) -> Iterator[str]:
@@ -94,10 +87,9 @@ def _refuse_wide_checkpoint(args: argparse.Namespace) -> None:
     """Megatron would load the layers of a wide checkpoint into an ordinary model and leave its connections behind."""
     if args.load is None or args.ckpt_format != "torch_dist":
         return
-    width_only = copy.copy(args)
-    width_only.use_checkpoint_args = True  # what else differs is the ordinary model's affair
-    width_only.exit_on_missing_checkpoint = False
-    refuse_other_model(width_only, None)
+    checkpoint = read_checkpoint(args)
+    if checkpoint is not None:
+        refuse_other_width(checkpoint, None)
 
 
 @contextmanager
@@ -106,8 +98,4 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except VirtualWidthError as refusal:
-        if run.first_of_node():
-            print(f"megatron_vwn: {refusal}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(run.SECONDS_TO_BE_ENDED)
-        sys.exit(_REFUSED)
+        sys.exit(say_refusal(refusal))

@@ -26,17 +26,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.arguments import validate_args
 from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
-from megatron_vwn.training.flags.machine import complete_command_line, needed_flags
 from megatron_vwn.training.model import VirtualWidthModelBuilder, VirtualWidthModelConfig, model_config_from_args
-from megatron_vwn.training.refusals.flags import refuse_unsupported
-from megatron_vwn.training.run import parse_flags, quoting_megatron
+from megatron_vwn.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,8 @@ def simulated_world(argv: Sequence[str], world_size: int) -> Iterator[SimulatedW
     surroundings = dict(os.environ), list(sys.argv)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     try:
-        yield SimulatedWorld(*_parse(argv))
+        run = _checked(argv)
+        yield SimulatedWorld(run.args, run.virtual_width)
     finally:
         _leave()
         os.environ.clear()
@@ -247,16 +245,14 @@ def simulated_world(argv: Sequence[str], world_size: int) -> Iterator[SimulatedW
         sys.argv[:] = surroundings[1]
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, VirtualWidthConfig | None]:
+def _checked(argv: Sequence[str]) -> Run:
     apply_fixes()
-    argv, _ = complete_command_line(argv, needed_flags(gpu=False, transformer_engine=False))
-    args, virtual_width = parse_flags(argv)
-    with quoting_megatron(), _quietly():
-        refuse_unsupported(args, virtual_width)
-        validate_args(args)
-    if args.padded_vocab_size is None and args.vocab_size is None:
+    run = Run.parse(argv, gpu=False, simulated=True)
+    with _quietly():
+        run.check()
+    if run.args.padded_vocab_size is None and run.args.vocab_size is None:
         raise VirtualWidthError("the size of the vocabulary is not known without a tokenizer: add --padded-vocab-size.")
-    return args, virtual_width
+    return run
 
 
 @contextmanager

@@ -1,13 +1,11 @@
 """One training run: from a command line to Megatron's ``pretrain()`` and an exit code."""
 
+from __future__ import annotations
+
 import argparse
-import os
 import sys
-import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import mpu
@@ -28,16 +26,17 @@ from megatron_vwn.training.flags.machine import complete_command_line, describe,
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
 from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
 from megatron_vwn.training.monitoring.monitor import monitored
-from megatron_vwn.training.monitoring.writers import check_monitoring
-from megatron_vwn.training.refusals.checkpoint import refuse_other_model
-from megatron_vwn.training.refusals.data import check_data, check_vocabulary, data_prefixes
-from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
-from megatron_vwn.training.refusals.folders import check_folders
+from megatron_vwn.training.ranks import say, say_refusal
+from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
 from megatron_vwn.training.refusals.kernels import describe_kernels
-
-_REFUSED = 2
-# More than the first rank of a node may lag behind the others while they import Megatron from a slow file system.
-SECONDS_TO_BE_ENDED = 120
+from megatron_vwn.training.refusals.megatron import quoting_megatron
+from megatron_vwn.training.refusals.refuse import (
+    refuse,
+    refuse_argv,
+    refuse_document_end,
+    refuse_start,
+    refuse_vocabulary,
+)
 
 
 def run(argv: Sequence[str], *, gpu: bool) -> int:
@@ -52,24 +51,12 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
     """
     apply_fixes()
     try:
-        args, virtual_width = prepare(argv, gpu=gpu)
-        set_global_variables(args)
-        if virtual_width is not None and virtual_width.ngrams:
-            virtual_width = replace(virtual_width, document_end=get_tokenizer().eod)
-            record_virtual_width(args, virtual_width)
-            refuse_other_model(args, virtual_width)
-        if first_of_node():
-            for prefix in data_prefixes(args):
-                check_vocabulary(prefix, get_tokenizer())
-        _train(args, virtual_width)
+        this = Run.parse(argv, gpu=gpu)
+        this.check()
+        this.build()
+        this.train()
     except VirtualWidthError as refusal:
-        # Before process groups exist all ranks of a node reach the same refusal; later it may concern one rank alone.
-        if not torch.distributed.is_initialized() and not first_of_node():
-            # torchrun ends all ranks as soon as one has ended, and that must not be before the refusal is printed.
-            time.sleep(SECONDS_TO_BE_ENDED)
-        else:
-            print(f"megatron_vwn: {refusal}", file=sys.stderr, flush=True)
-        return _REFUSED
+        return say_refusal(refusal)
     except SystemExit as leave:
         # Megatron leaves by sys.exit(0) when an exit flag ends training, and by sys.exit() where it gives up.
         if leave.code is None:
@@ -81,43 +68,108 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
     return 0
 
 
-def prepare(argv: Sequence[str], *, gpu: bool) -> tuple[argparse.Namespace, VirtualWidthConfig | None]:
-    """Parse and validate a command line; every refusal that needs no process group happens here.
+@dataclass
+class Run:
+    """One run, which goes ``parse`` -> ``check`` -> ``build`` -> ``train``; a refusal ends it on any of these steps.
 
-    Args:
-        argv: the command line without the program's name.
+    Attributes:
+        argv: the command line, completed with what this machine needs.
+        args: Megatron's arguments; validated once the run is checked.
+        virtual_width: None for the ordinary model; it knows the end of a document once the tokenizer is built.
         gpu: whether a GPU is present (not an emulated one).
-
-    Returns:
-        Megatron's validated arguments and the virtual width, None for the ordinary model.
-
-    Raises:
-        VirtualWidthError: the command line cannot be run.
+        simulated: whether the run is only planned: nothing is said, and neither checkpoints nor data, folders or
+            devices of this machine are looked at.
+        checkpoint: what the run starts from; None before it is checked, and where nothing is to be loaded.
+        model: what the model is built from; None before ``build``.
     """
-    argv, added = complete_command_line(argv, needed_flags(gpu=gpu, transformer_engine=HAVE_TE))
-    if added:
-        _say(describe(added))
-    args, virtual_width = parse_flags(argv)
-    start = refuse_other_model(args, virtual_width)
-    if args.use_checkpoint_args:
-        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        load_args_from_checkpoint(args)
-        start = refuse_other_model(args, virtual_width, complete=True)
-    with quoting_megatron():
-        refuse_unsupported(args, virtual_width)
-        check_monitoring(args, virtual_width)
-    if virtual_width is not None:
-        kernels = describe_kernels(args, virtual_width, gpu=gpu)
-    if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
-        check_folders(args)
-        check_data(args)
-    with quoting_megatron():
-        validate_args(args)
-    if virtual_width is not None:
-        _say(f"{describe_virtual_width(args, virtual_width)}; {kernels}")
-    if start is not None:
-        _say(start)
-    return args, virtual_width
+
+    argv: list[str]
+    args: argparse.Namespace
+    virtual_width: VirtualWidthConfig | None
+    gpu: bool
+    simulated: bool = False
+    checkpoint: Checkpoint | None = None
+    model: VirtualWidthModelConfig | None = None
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], *, gpu: bool, simulated: bool = False) -> Run:
+        """Complete a command line with what this machine needs, and parse it.
+
+        Args:
+            argv: the command line without the program's name.
+            gpu: whether a GPU is present (not an emulated one).
+            simulated: whether the run is only planned; its layers are then Megatron's local ones.
+
+        Raises:
+            VirtualWidthError: flags that are unknown or cannot be used here, or a virtual width that no model can have.
+        """
+        needed = needed_flags(gpu=gpu, transformer_engine=HAVE_TE and not simulated)
+        completed, added = complete_command_line(argv, needed)
+        if added and not simulated:
+            say(describe(added))
+        return cls(completed, *parse_flags(completed), gpu=gpu, simulated=simulated)
+
+    def check(self) -> None:
+        """Refuse what cannot run and validate the rest; every refusal that needs no process group happens here.
+
+        Raises:
+            VirtualWidthError: the command line cannot be run.
+        """
+        start = None if self.simulated else self._find_start()
+        refuse(self)
+        with quoting_megatron():
+            validate_args(self.args)
+        if self.simulated:
+            return
+        if self.virtual_width is not None:
+            kernels = describe_kernels(self.args, self.virtual_width, gpu=self.gpu)
+            say(f"{describe_virtual_width(self.args, self.virtual_width)}; {kernels}")
+        if start is not None:
+            say(start)
+
+    def build(self) -> None:
+        """Set Megatron's global variables and describe the model; ``pretrain()`` builds it from that.
+
+        Raises:
+            VirtualWidthError: the tokenizer contradicts checkpoint or data, or Megatron refuses the model.
+        """
+        self.build_tokenizer()
+        refuse_vocabulary(self)
+        with quoting_megatron():
+            self.model = model_config_from_args(self.args, self.virtual_width)
+
+    def build_tokenizer(self) -> None:
+        """Set Megatron's global variables, the tokenizer among them, and learn from it where documents end.
+
+        Raises:
+            VirtualWidthError: the n-grams of the checkpoint end at another token.
+        """
+        set_global_variables(self.args)
+        if self.virtual_width is not None and self.virtual_width.ngrams:
+            # The only setting that is not typed: it joins the others, which are recorded since the flags were parsed.
+            self.args.vwn_document_end = get_tokenizer().eod
+            self.virtual_width = replace(self.virtual_width, document_end=self.args.vwn_document_end)
+        refuse_document_end(self)
+
+    def train(self) -> None:
+        """Run Megatron's ``pretrain()`` on the model of ``build``."""
+        pretrain(
+            pretrain_cfg_container_from_args(self.args, self.model),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            monitored(forward_step, self.virtual_width),
+            **pipeline_arguments(self.args, self.model),
+        )
+
+    def _find_start(self) -> str | None:
+        """Look at the checkpoint, take arguments from it if asked to, and say in one line where training starts."""
+        self.checkpoint = read_checkpoint(self.args)
+        refuse_start(self)
+        if self.args.use_checkpoint_args:
+            load_args_from_checkpoint(self.args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(self.args)
+        # Before Megatron validates, because it would compare values that Megatron derives with those that are typed.
+        return None if self.checkpoint is None else describe_start(self.checkpoint, self.args)
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, VirtualWidthConfig | None]:
@@ -128,7 +180,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, VirtualWidthCo
     """
     # Megatron parses the process's command line; it stays set because restarts and loggers read it again.
     sys.argv[1:] = argv
-    refuse_yaml(argv)
+    refuse_argv(argv)
     args = parse_args(add_arguments)
     virtual_width = virtual_width_from_args(args)
     if virtual_width is not None:
@@ -156,18 +208,6 @@ def describe_virtual_width(args: argparse.Namespace, virtual_width: VirtualWidth
     )
 
 
-def _train(args: argparse.Namespace, virtual_width: VirtualWidthConfig | None) -> None:
-    with quoting_megatron():
-        model = model_config_from_args(args, virtual_width)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        monitored(forward_step, virtual_width),
-        **pipeline_arguments(args, model),
-    )
-
-
 def pipeline_arguments(args: argparse.Namespace, model: VirtualWidthModelConfig) -> dict[str, object]:
     """What ``pretrain()`` needs to exchange over-width states between pipeline stages.
 
@@ -184,29 +224,3 @@ def pipeline_arguments(args: argparse.Namespace, model: VirtualWidthModelConfig)
         ),
         "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
     }
-
-
-@contextmanager
-def quoting_megatron() -> Iterator[None]:
-    """Turn what Megatron's own validation raises, often a bare assertion, into one sentence that quotes it."""
-    try:
-        yield
-    except VirtualWidthError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split()).rstrip(".") or frame.line
-        raise VirtualWidthError(
-            f"Megatron refuses these flags: {reason} ({os.path.basename(frame.filename)}:{frame.lineno})."
-        ) from error
-
-
-def first_of_node() -> bool:
-    """Whether this is the process that speaks for its node; its end makes torchrun end the others."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _say(line: str) -> None:
-    """Print for the user, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"megatron_vwn: {line}", flush=True)

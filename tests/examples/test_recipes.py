@@ -20,12 +20,13 @@ from unittest import mock
 from megatron_vwn import cpu
 cpu.install()
 from megatron_vwn.training import run
+from megatron_vwn.training.refusals import refuse
 refused = {}
-with mock.patch.object(run, "check_data"):  # there is none
+with mock.patch.object(refuse, "check_data"):  # there is none
     for name, (ranks, flags) in json.load(sys.stdin).items():
         os.environ["WORLD_SIZE"] = str(ranks)
         try:
-            run.prepare(flags, gpu=False)
+            run.Run.parse(flags, gpu=False).check()
         except run.VirtualWidthError as refusal:
             refused[name] = str(refusal)
 print(json.dumps(refused))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from megatron.core.models.hybrid import hybrid_layer_allocation  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.models import hybrid  # noqa: E402
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError  # noqa: E402
+from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.training import model as model_config  # noqa: E402
 from megatron_vwn.training import run  # noqa: E402
 from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
@@ -30,20 +31,24 @@ def prepare(argv):
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            args, virtual_width = run.prepare(argv, gpu=False)
+            this = run.Run.parse(argv, gpu=False)
+            this.check()
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
     except BaseException as error:  # fails the tests of this command line, and no others
         return {"error": repr(error)}
     lines = [line for line in said.getvalue().splitlines() if line.startswith("megatron_vwn: ")]
-    return {"said": lines, "virtual_width": virtual_width is not None, "transformer_impl": args.transformer_impl}
+    return {
+        "said": lines,
+        "virtual_width": this.virtual_width is not None,
+        "transformer_impl": this.args.transformer_impl,
+    }
 
 
 def other_document_end():
     """The sentence about a tokenizer that ends documents with another token than the checkpoint's n-grams know."""
-    saved, current = (VirtualWidthConfig(m=1, n=2, ngrams=(2,), ngram_vocab=8, document_end=end) for end in (3, 4))
     try:
-        resume._compare("folder", saved, current)
+        resume.refuse_other_document_end(resume.Checkpoint("folder", True, Namespace(vwn_document_end=3)), 4)
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
 
@@ -86,13 +91,9 @@ def stages():
 
 def exit_code(outcome):
     """The exit code of a run in which training ends by raising ``outcome``."""
-    args = mock.Mock()
-    with (
-        mock.patch.object(run, "prepare", return_value=(args, None)),
-        mock.patch.object(run, "set_global_variables"),
-        mock.patch.object(run, "data_prefixes", return_value=[]),
-        mock.patch.object(run, "_train", side_effect=outcome),
-    ):
+    this = mock.Mock(spec=run.Run)
+    this.train.side_effect = outcome
+    with mock.patch.object(run.Run, "parse", return_value=this):
         try:
             return run.run([], gpu=False)
         except SystemExit as leave:
@@ -101,9 +102,10 @@ def exit_code(outcome):
 
 def config_for(argv):
     with contextlib.redirect_stdout(io.StringIO()):
-        args, virtual_width = run.prepare(argv, gpu=False)
-        args.padded_vocab_size = 512  # what building the tokenizer would set
-        return model_config.model_config_from_args(args, virtual_width)
+        this = run.Run.parse(argv, gpu=False)
+        this.check()
+        this.args.padded_vocab_size = 512  # what building the tokenizer would set
+        return model_config.model_config_from_args(this.args, this.virtual_width)
 
 
 def baseline_arguments(argv):

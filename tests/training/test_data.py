@@ -154,10 +154,9 @@ def test_data_of_another_vocabulary_is_refused(ranks):
 # fmt: off
 PARSED = {
     "data_path": None, "data_args_path": None, "train_data_path": None, "valid_data_path": None, "test_data_path": None,
-    "per_split_data_args_path": None, "mock_data": False, "split": None, "data_cache_path": None, "sft": False,
-    "fim_data": False, "logits_load_dir": None, "dataloader_inter_document_masking": False,
-    "hybrid_context_parallel": False, "dataloader_type": None, "full_validation": False,
-    "multiple_validation_sets": False, "micro_batch_size": 2, "eval_micro_batch_size": None,
+    "per_split_data_args_path": None, "mock_data": False, "split": None, "data_cache_path": None,
+    "dataloader_inter_document_masking": False, "hybrid_context_parallel": False, "dataloader_type": None,
+    "full_validation": False, "multiple_validation_sets": False, "micro_batch_size": 2, "eval_micro_batch_size": None,
     "reset_attention_mask": False, "create_attention_mask_in_dataloader": True, "transformer_impl": "local",
     "masked_softmax_fusion": False,
 }
@@ -196,7 +195,6 @@ def test_prefixes_of_every_kind_of_flag(tmp_path):
         ({"data_path": ["a", "b", "1", "c"]}, "weights for some data sets only"),
         ({"data_path": ["missing"]}, "missing.idx does not exist"),
         ({"data_path": ["missing.bin"]}, "without its suffix"),
-        ({"mock_data": True, "sft": True}, "--sft"),
         ({"mock_data": True, "dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
         ({"mock_data": True, "dataloader_type": "external"}, "--dataloader-type external"),
         ({"mock_data": True, "full_validation": True}, "only together"),

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
-from megatron_vwn.training.refusals.kernels import describe_kernels
+from megatron_vwn.training.refusals.kernels import describe_kernels, refuse_kernels
 
 ONE_RANK = Namespace(tensor_model_parallel_size=1, sequence_parallel=False)
 WIDTH = Namespace(tensor_model_parallel_size=2, sequence_parallel=False)
@@ -48,7 +48,7 @@ def test_what_is_refused(settings, args, gpu, reason, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     virtual_width = VirtualWidthConfig(**{"m": 2, "n": 6, "kernels": "triton", **settings})
     with pytest.raises(VirtualWidthError, match=reason):
-        describe_kernels(args, virtual_width, gpu=gpu)
+        refuse_kernels(args, virtual_width, gpu=gpu)
 
 
 def test_the_interpreter_is_used_when_it_is_asked_for(monkeypatch):

@@ -13,7 +13,8 @@ from megatron_vwn.training.flags.vwn import add_arguments, virtual_width_from_ar
 from megatron_vwn.training.monitoring import images as routing_images
 from megatron_vwn.training.monitoring import scalars as monitoring_scalars
 from megatron_vwn.training.monitoring.snapshot import ConnectionStatistics, Place, Snapshot
-from megatron_vwn.training.monitoring.writers import Report, check_monitoring
+from megatron_vwn.training.monitoring.writers import Report
+from megatron_vwn.training.refusals.monitoring import check_monitoring
 
 LAYERS, FURTHER = 8, 2
 
@@ -197,7 +198,7 @@ def test_the_flag_and_where_it_writes(monkeypatch):
         check_monitoring(SimpleNamespace(**vars(nowhere) | of_a_writer), width)
     with pytest.raises(VirtualWidthError, match="nowhere to write: add --tensorboard-dir or --wandb-project"):
         check_monitoring(nowhere, width)
-    monkeypatch.setattr("megatron_vwn.training.monitoring.writers.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_vwn.training.refusals.monitoring.find_spec", lambda name: None)
     with pytest.raises(VirtualWidthError, match="needs the package tensorboard"):
         check_monitoring(SimpleNamespace(tensorboard_dir="runs", wandb_project=""), width)
 

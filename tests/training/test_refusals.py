@@ -131,6 +131,8 @@ REFUSED_ALWAYS = {
     "--moe-latent-size 16": ["--moe-latent-size", "Transformer Engine"],
     "--save-activations-interval 2": ["--save-activations-interval", "Transformer Engine"],
     "--qk-l2-norm": ["--qk-l2-norm", "drop it"],
+    "--sft": ["--sft", "drop it"],
+    "--logits-load-dir teacher": ["--logits-load-dir", "drop it"],
     "--moe-layer-freq 2": ["--moe-layer-freq", "drop it"],
     "--rampup-batch-size 2 2 8": ["--rampup-batch-size", "drop it"],
     "--init-method-xavier-uniform": ["--init-method-xavier-uniform", "drop it"],

@@ -1,32 +1,14 @@
 """A snapshot goes to Megatron's TensorBoard and wandb writers, and warnings to the log."""
 
-import argparse
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import numpy as np
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.training.monitoring import scalars as monitoring_scalars
 from megatron_vwn.training.monitoring.images import images
 from megatron_vwn.training.monitoring.snapshot import Snapshot
 from megatron_vwn.training.monitoring.warnings import StabilityWarnings
-
-
-def check_monitoring(args: argparse.Namespace, virtual_width: VirtualWidthConfig | None) -> None:
-    """Refuse monitoring that nobody would see.
-
-    Raises:
-        VirtualWidthError: --vwn-log-interval without a writer.
-    """
-    if virtual_width is None or virtual_width.log_interval is None:
-        return
-    if not args.tensorboard_dir and not args.wandb_project:
-        raise VirtualWidthError(
-            "--vwn-log-interval has nowhere to write: add --tensorboard-dir or --wandb-project, or drop it."
-        )
-    if not args.wandb_project and find_spec("tensorboard") is None:
-        raise VirtualWidthError("--vwn-log-interval needs the package tensorboard: install it, or drop the flag.")
 
 
 class Report:

@@ -8,7 +8,7 @@ backbone that computes with them something else.
 
 import argparse
 import copy
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
 from torch.distributed.checkpoint import CheckpointException
@@ -36,59 +36,46 @@ _FUNCTION = (
 _FIXED = tuple(field.name for field in fields(VirtualWidthConfig) if field.name not in _FREE)
 
 
-def refuse_other_model(
-    args: argparse.Namespace, virtual_width: VirtualWidthConfig | None, *, complete: bool = False
-) -> str | None:
-    """Compare with the checkpoint that ``--load`` or ``--pretrained-checkpoint`` points to.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of the checkpoint that ``--load`` or ``--pretrained-checkpoint`` points to.
+
+    Attributes:
+        folder: where it is looked for.
+        exists: whether the folder holds one.
+        args: the arguments it was saved with; None where it does not say.
+        iteration: of training; None where it does not say.
+        release: whether it has weights alone.
+    """
+
+    folder: str
+    exists: bool
+    args: argparse.Namespace | None = None
+    iteration: int | None = None
+    release: bool = False
+
+
+def read_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+    """Look at the checkpoint that Megatron would choose; None if nothing is to be loaded.
+
+    Through Megatron's own (private) reader, because the choice depends on ``--ckpt-step``, non-persistent checkpoints
+    and formats, and comparing with another checkpoint than the one loaded would be worse than none.
 
     Args:
         args: parsed flags; process groups need not exist.
-        virtual_width: this run's; None for the ordinary model.
-        complete: whether ``--use-checkpoint-args`` has had its way already; before, only the virtual width is compared.
-
-    Returns:
-        One line about where training starts, and what the run changes of the model's function, or None if nothing is
-        to be loaded.
 
     Raises:
-        VirtualWidthError: another model, an unreadable checkpoint, or none where ``--exit-on-missing-checkpoint``
-            demands one.
+        VirtualWidthError: the checkpoint cannot be read.
     """
     folder = args.load
     if args.pretrained_checkpoint is not None and not checkpoint_exists(folder):
         folder = args.pretrained_checkpoint
     if folder is None:
         return None
-    saved, release = _saved_state(folder, args)
-    if saved is None:
-        if args.exit_on_missing_checkpoint:
-            raise VirtualWidthError(
-                f"{folder} holds no checkpoint, which --exit-on-missing-checkpoint demands: correct --load or drop it."
-            )
-        return f"{folder} holds no checkpoint: training starts from the beginning"
-    changed = ""
-    if "args" in saved:
-        _compare(folder, virtual_width_from_args(saved["args"]), virtual_width)
-        if complete or not args.use_checkpoint_args:
-            _compare_structure(folder, saved["args"], args)
-            changed = _changes(saved["args"], args)
-    if release or args.finetune:
-        return f"training starts from iteration 0 with the weights in {folder}{changed}"
-    return f"training resumes from iteration {saved['iteration']} in {folder}{changed}"
-
-
-def _saved_state(folder: str, args: argparse.Namespace) -> tuple[dict | None, bool]:
-    """The replicated part of the checkpoint that Megatron would choose in ``folder``, None if there is none, and
-    whether it is a release, which has weights alone.
-
-    Through Megatron's own (private) reader, because the choice depends on ``--ckpt-step``, non-persistent checkpoints
-    and formats, and comparing with another checkpoint than the one loaded would be worse than none.
-    """
     quiet = copy.copy(args)
     quiet.exit_on_missing_checkpoint = False  # Megatron would leave with exit code 0
     try:
         state, _, release, _ = _load_base_checkpoint(folder, quiet, rank0=True)
-        return state, release
     # Whatever a damaged file provokes; a CheckpointException is no Exception, and for some faults Megatron just leaves.
     except (Exception, CheckpointException, SystemExit) as error:
         fault = "Megatron gave up" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
@@ -96,9 +83,33 @@ def _saved_state(folder: str, args: argparse.Namespace) -> tuple[dict | None, bo
         raise VirtualWidthError(
             f"the checkpoint in {folder} cannot be read ({reason}): choose another with --ckpt-step or --load."
         ) from error
+    if state is None:
+        return Checkpoint(folder, exists=False)
+    return Checkpoint(folder, True, state.get("args"), state.get("iteration"), release)
 
 
-def _compare(folder: str, saved: VirtualWidthConfig | None, current: VirtualWidthConfig | None) -> None:
+def refuse_missing(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Refuse a folder without a checkpoint where ``--exit-on-missing-checkpoint`` demands one.
+
+    Raises:
+        VirtualWidthError: there is none.
+    """
+    if not checkpoint.exists and args.exit_on_missing_checkpoint:
+        raise VirtualWidthError(
+            f"{checkpoint.folder} holds no checkpoint, which --exit-on-missing-checkpoint demands: correct --load or "
+            "drop it."
+        )
+
+
+def refuse_other_width(checkpoint: Checkpoint, current: VirtualWidthConfig | None) -> None:
+    """Refuse a checkpoint of another virtual width than this run's; None is the ordinary model.
+
+    Raises:
+        VirtualWidthError: one of the two is an ordinary model, or a setting of the model differs.
+    """
+    if checkpoint.args is None:
+        return
+    folder, saved = checkpoint.folder, virtual_width_from_args(checkpoint.args)
     if saved is None and current is None:
         return
     if saved is None or current is None:
@@ -112,22 +123,50 @@ def _compare(folder: str, saved: VirtualWidthConfig | None, current: VirtualWidt
             f"the checkpoint in {folder} was trained with {_settings(saved, different)}, but this run has "
             f"{_settings(current, different)}: give the checkpoint's settings, or another --load."
         )
-    ends = saved.document_end, current.document_end
-    if None not in ends and ends[0] != ends[1]:
+
+
+def refuse_other_model(checkpoint: Checkpoint, current: argparse.Namespace) -> None:
+    """Refuse a checkpoint of another backbone, as far as tensors of it would be left behind.
+
+    Args:
+        checkpoint: its virtual width is this run's.
+        current: parsed flags, those that ``--use-checkpoint-args`` takes from the checkpoint among them.
+
+    Raises:
+        VirtualWidthError: an argument that says which tensors there are differs.
+    """
+    for name in _STRUCTURE:
+        theirs, ours = getattr(checkpoint.args, name, None), getattr(current, name)
+        if theirs is not None and theirs != ours:
+            raise VirtualWidthError(
+                f"the checkpoint in {checkpoint.folder} was trained with {name} = {theirs}, but this run has {ours}: "
+                "some of its tensors would be left behind, so give the checkpoint's setting, or another --load."
+            )
+
+
+def refuse_other_document_end(checkpoint: Checkpoint, document_end: int) -> None:
+    """Refuse a tokenizer that ends documents with another token than the n-grams of the checkpoint know.
+
+    Raises:
+        VirtualWidthError: the tokens differ.
+    """
+    saved = getattr(checkpoint.args, "vwn_document_end", None)
+    if saved is not None and saved != document_end:
         raise VirtualWidthError(
-            f"the n-grams of the checkpoint in {folder} end at token {ends[0]}, but this run's tokenizer ends documents"
-            f" with {ends[1]}: give the checkpoint's tokenizer, or another --load."
+            f"the n-grams of the checkpoint in {checkpoint.folder} end at token {saved}, but this run's tokenizer ends "
+            f"documents with {document_end}: give the checkpoint's tokenizer, or another --load."
         )
 
 
-def _compare_structure(folder: str, saved: argparse.Namespace, current: argparse.Namespace) -> None:
-    for name in _STRUCTURE:
-        theirs, ours = getattr(saved, name, None), getattr(current, name)
-        if theirs is not None and theirs != ours:
-            raise VirtualWidthError(
-                f"the checkpoint in {folder} was trained with {name} = {theirs}, but this run has {ours}: some of its "
-                "tensors would be left behind, so give the checkpoint's setting, or another --load."
-            )
+def describe_start(checkpoint: Checkpoint, args: argparse.Namespace) -> str:
+    """One line about where training starts, and what the run changes of the checkpoint's function."""
+    folder = checkpoint.folder
+    if not checkpoint.exists:
+        return f"{folder} holds no checkpoint: training starts from the beginning"
+    changed = "" if checkpoint.args is None else _changes(checkpoint.args, args)
+    if checkpoint.release or args.finetune:
+        return f"training starts from iteration 0 with the weights in {folder}{changed}"
+    return f"training resumes from iteration {checkpoint.iteration} in {folder}{changed}"
 
 
 def _changes(saved: argparse.Namespace, current: argparse.Namespace) -> str:

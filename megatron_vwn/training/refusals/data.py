@@ -91,9 +91,6 @@ def check_vocabulary(prefix: str, tokenizer: MegatronTokenizerBase) -> None:
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags about data that would be ignored, or end in an assertion deep inside Megatron."""
     for name, advice in (
-        ("sft", "fine-tunes on conversations, which this entry point does not read: drop it."),
-        ("fim_data", "wants a data set that this entry point does not build: drop it."),
-        ("logits_load_dir", "distils from stored logits, which this entry point does not do: drop it."),
         ("dataloader_inter_document_masking", "packs sequences, which this entry point does not do: drop it."),
         ("hybrid_context_parallel", "needs samples of several lengths, which this entry point does not make: drop it."),
     ):

@@ -7,8 +7,8 @@ from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops import why_not_kernels
 
 
-def describe_kernels(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> str:
-    """What will read and write the stream, for the line about a run's stream.
+def refuse_kernels(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> None:
+    """Refuse ``--vwn-kernels triton`` where the kernels cannot compute.
 
     Args:
         args: Megatron's arguments.
@@ -16,17 +16,22 @@ def describe_kernels(args: argparse.Namespace, virtual_width: VirtualWidthConfig
         gpu: whether a GPU is present (not an emulated one).
 
     Raises:
-        VirtualWidthError: ``--vwn-kernels triton`` where the kernels cannot compute.
+        VirtualWidthError: the kernels were demanded and cannot compute this stream here.
     """
+    reason = _why_not(args, virtual_width, gpu=gpu) if virtual_width.kernels == "triton" else None
+    if reason is not None:
+        raise VirtualWidthError(
+            f"--vwn-kernels triton cannot compute this stream, because {reason}: choose --vwn-kernels auto or torch."
+        )
+
+
+def describe_kernels(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> str:
+    """What will read and write the stream, for the line about a run's stream; arguments as ``refuse_kernels``."""
     if virtual_width.kernels == "torch":
         return "torch operations"
     reason = _why_not(args, virtual_width, gpu=gpu)
     if reason is None:
         return "fused Triton kernels" if gpu else "fused Triton kernels in Triton's interpreter"
-    if virtual_width.kernels == "triton":
-        raise VirtualWidthError(
-            f"--vwn-kernels triton cannot compute this stream, because {reason}: choose --vwn-kernels auto or torch."
-        )
     return f"torch operations instead of Triton kernels ({reason})"
 
 

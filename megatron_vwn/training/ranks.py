@@ -1,0 +1,34 @@
+"""Which of a run's processes speak, before Megatron's process groups exist and afterwards."""
+
+import os
+import sys
+import time
+
+import torch
+
+from megatron_vwn.config import VirtualWidthError
+
+# More than the first rank of a node may lag behind the others while they import Megatron from a slow file system.
+_SECONDS_TO_BE_ENDED = 120
+
+
+def first_of_node() -> bool:
+    """Whether this is the process that speaks for its node; its end makes torchrun end the others."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Print for the user, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megatron_vwn: {line}", flush=True)
+
+
+def say_refusal(refusal: VirtualWidthError) -> int:
+    """Print a refusal once for every node; returns the exit code that this process must then end with."""
+    # Before process groups exist all ranks of a node reach the same refusal; later it may concern one rank alone.
+    if not torch.distributed.is_initialized() and not first_of_node():
+        # torchrun ends all ranks as soon as one has ended, and that must not be before the refusal is printed.
+        time.sleep(_SECONDS_TO_BE_ENDED)
+    else:
+        print(f"megatron_vwn: {refusal}", file=sys.stderr, flush=True)
+    return 2
