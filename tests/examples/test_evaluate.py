@@ -51,7 +51,7 @@ def test_the_split_is_that_of_the_quickstart(data, monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "run_logged", lambda command, log: called.append(command) or iter(()))
     quickstart.prepare_data(quickstart.Clock(0))
     (_, _, module, *flags) = called[0]
-    assert module == prepare_data.__name__
+    assert f"{module}.__main__" == prepare_data.__name__
     told = prepare_data._parser().parse_args(flags)
     assert make_data.held_out_documents(told.inputs, told.validation_fraction, told.seed) == data[0]
 

@@ -187,7 +187,8 @@ def test_an_agent_that_fails_is_started_anew_and_leaves_no_workers_behind(tmp_pa
     command = [sys.executable, "-c", AGENT, str(tmp_path / "note"), "7"]
     before = {each.pid for each in psutil.Process().children(recursive=True)}
     assert supervise.supervise(command, os.environ, worker="the-worker", retries=2) == 7
-    assert {each.pid for each in psutil.Process().children(recursive=True)} == before
+    # What another test left may end meanwhile.
+    assert {each.pid for each in psutil.Process().children(recursive=True)} <= before
     assert capfd.readouterr().err.count("starting it anew") == 2
 
 

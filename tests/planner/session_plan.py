@@ -16,28 +16,34 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
-from megatron.core.pipeline_parallel import schedules
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.training import num_floating_point_operations
-from torch.distributed import ProcessGroup
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import megatron_vwn.planner.parameters as parameters  # first, because it emulates a GPU where there is none
-from megatron_vwn.benchmark.memory import footprint
-from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.parallel.pipeline import WideP2PCommunicator
-from megatron_vwn.planner import simulated_world as simulation
-from megatron_vwn.planner.activations import connection_bytes, edge_bytes, sublayer_bytes
-from megatron_vwn.planner.costs import edge_flops, micro_batch_bytes, micro_batch_seconds, rows, sublayer_flops
-from megatron_vwn.planner.hardware import HARDWARE, Rates
-from megatron_vwn.planner.memory import in_flight, kept_bytes, message_bytes
-from megatron_vwn.planner.print import layout
-from megatron_vwn.planner.search import search
-from megatron_vwn.planner.shape import shape_of, with_gpus
-from megatron_vwn.recipes.layout import check_layout
-from megatron_vwn.recipes.recipe import Recipe, load_recipe
-from megatron_vwn.training.model import VirtualWidthModelBuilder
+from megatron_vwn import cpu
+
+# Before Megatron is imported, which looks for a GPU.
+cpu.install(announce=False)
+
+from megatron.core.pipeline_parallel import schedules  # noqa: E402
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.training.training import num_floating_point_operations  # noqa: E402
+from torch.distributed import ProcessGroup  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from megatron_vwn.benchmark.memory import footprint  # noqa: E402
+from megatron_vwn.config import VirtualWidthError  # noqa: E402
+from megatron_vwn.parallel.pipeline import WideP2PCommunicator  # noqa: E402
+from megatron_vwn.planner import parameters  # noqa: E402
+from megatron_vwn.planner import simulated_world as simulation  # noqa: E402
+from megatron_vwn.planner.activations import connection_bytes, edge_bytes, sublayer_bytes  # noqa: E402
+from megatron_vwn.planner.costs import edge_flops, micro_batch_bytes, micro_batch_seconds, rows, sublayer_flops  # noqa: E402
+from megatron_vwn.planner.hardware import HARDWARE, Rates  # noqa: E402
+from megatron_vwn.planner.memory import in_flight, kept_bytes, message_bytes  # noqa: E402
+from megatron_vwn.planner.print import layout  # noqa: E402
+from megatron_vwn.planner.search import search  # noqa: E402
+from megatron_vwn.planner.shape import shape_of, with_gpus  # noqa: E402
+from megatron_vwn.recipes.layout import check_layout  # noqa: E402
+from megatron_vwn.recipes.recipe import Recipe, load_recipe  # noqa: E402
+from megatron_vwn.training.model import VirtualWidthModelBuilder  # noqa: E402
 
 SMALL = {
     "hidden-size": 256,
