@@ -1,5 +1,6 @@
-"""How the suite is spread over processes: one file stays in one process, and the longest begin first."""
+"""How the suite is spread over processes, what kind each check is, and what ``--quick`` leaves of it."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,87 @@ LONGEST_FIRST = [
     "cpu/test_cpu_session.py",
     "checkpoint",
 ]
+# Marker of a file, or of all files of a folder. "emulated" pins our assumptions of something that is not there.
+KINDS = {
+    "gpu": ["gpu"],
+    "te": ["modules/test_transformer_engine.py", "modules/test_fp8.py", "gpu/test_fp8.py"],
+    "emulated": ["modules/test_fp8.py", "checkpoint/test_bridge.py", "hf/test_serving.py"],
+    "slow": LONGEST_FIRST,
+}
+# What --quick runs: from every room what costs little, of the parallel layouts one.
+QUICK = [
+    "test_config.py",
+    "benchmark/test_benchmark_table.py",
+    "checkpoint/test_fixture.py",
+    "cpu/test_cpu_emulation.py",
+    "data/test_indexed_data.py",
+    "data/test_token_windows.py",
+    "examples/test_recipes.py",
+    "hf/test_config.py",
+    "hf/test_connection.py",
+    "megatron_fixes/test_fixes.py",
+    "megatron_lm/test_apply_patches.py",
+    "modules/test_specs.py",
+    "ops/test_composed.py",
+    "ops/test_connection.py",
+    "ops/test_costs.py",
+    "ops/test_reference.py",
+    "parallel/test_parallel.py::test_check[parity: TP2+SP]",
+    "planner/test_plan_formulas.py",
+    "recipes/test_recipe_flags.py",
+    "study/test_study_plan.py",
+    "training/test_layer_rules.py",
+    "training/test_monitoring_report.py",
+    "training/test_stage_rules.py",
+]
 
 
-def group_of(path: Path) -> str:
-    relative = path.relative_to(TESTS)
-    return relative.parts[0] if relative.parts[0] in SHARED else relative.as_posix()
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="something from every room, in minutes")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        left_out = [item for item in items if not _is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _is_quick(item)]
     for item in items:
+        for kind, places in KINDS.items():
+            if any(_path(item) == place or _path(item).startswith(f"{place}/") for place in places):
+                item.add_marker(kind)
+        if "needs a GPU" in [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]:
+            item.add_marker("gpu")
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
     places = {group: place for place, group in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(group_of(item.path), len(places)))
+    items.sort(key=lambda item: places.get(_group(item), len(places)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line: how many checks of each kind ran, and what the skipped ones lacked."""
+    ran, skipped = Counter(), Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            if report.when == "call":
+                ran["all"] += 1
+                ran.update(kind for kind in KINDS if kind in report.keywords)
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        skipped[reason.removeprefix("Skipped: ")] += 1
+    kinds = ", ".join(f"{ran[kind]} {kind}" for kind in KINDS)
+    lacking = "; ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "none"
+    terminalreporter.write_line(f"checks that ran: {ran['all']}, of which {kinds}; skipped: {lacking}")
+
+
+def _path(item) -> str:
+    return item.path.relative_to(TESTS).as_posix()
+
+
+def _group(item) -> str:
+    room = _path(item).partition("/")[0]
+    return room if room in SHARED else _path(item)
+
+
+def _is_quick(item) -> bool:
+    return _path(item) in QUICK or f"{_path(item)}::{item.name}" in QUICK

@@ -1,7 +1,7 @@
 """The one home for starting sessions: scripts or modules that need Megatron, on one or several ranks.
 
-``real()`` starts processes as a user would. ``session()`` gives the same answer for the tenth of the time: importing
-Megatron costs about ten seconds of a core, so a server imports it once and forks the ranks of every session. One server
+``real()`` starts processes as a user would. ``session()`` gives the same answer sooner: importing Megatron costs
+about ten seconds of a core, so a server imports it once and forks the ranks of every session. One server
 per pytest process and kind (with Triton's interpreter or without) starts when it is first asked for.
 
 What a forked rank cannot show, and what ``real()`` is for: imports in a fresh process, torchrun's own behaviour,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All tests, in the .venv that the quickstart uses too: bash tests/run.sh [pytest arguments]
-# About half an hour on two CPU cores after the installation; tests that need a GPU say so and are skipped without one.
+# All tests, in the .venv that the quickstart uses too: bash tests/run.sh [--quick] [pytest arguments]
+# About half an hour on two CPU cores after the installation; --quick takes something from every room. What needs a GPU
+# or Transformer Engine is skipped without it, and the last line says how much that was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/venv.sh
