@@ -1,31 +1,70 @@
-"""Files that appear under their final names only when all of them are complete."""
+"""Files and folders that are written whole or not at all.
 
+What is written lies under a hidden name beside its target, on the same file system, and gets the target's name by a
+rename at the end; until then the target is as it was. An exception, Ctrl-C, and SIGTERM in a program that runs in
+``cli.exit_code`` remove the hidden file or folder. Only a killed process leaves it behind.
+"""
+
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def staging_folder(folder: Path, name: str) -> Iterator[Path]:
-    """A hidden folder beside the results, on the same file system, that is gone afterwards whatever happens.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A hidden file to write, which replaces ``path`` when the block ends.
 
-    Folders made on the way to it are removed again when nothing was published into them. Only a killed process leaves
-    the hidden folder behind.
+    A link stays a link, and a file that is replaced hands on its permissions.
     """
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}."))
+    path = path.resolve()
+    partial = _hidden(path, "partial")
     try:
+        yield partial
+        if path.exists():
+            shutil.copymode(path, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which replaces ``path``, whatever stands there, when the block ends."""
+    path = path.resolve()
+    with staging_folder(path) as staging:
+        yield staging
+        old = _hidden(path, "old")
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(staging, path)
+        finally:
+            if old.exists():
+                if not path.exists():
+                    os.replace(old, path)
+                shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path`` that is gone when the block ends; what is to stay is moved out of it before.
+
+    Folders made on the way to it are removed again if nothing else came into them.
+    """
+    path = path.resolve()
+    staging = _hidden(path, "partial")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        staging.mkdir(parents=True)
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            if any(parent.iterdir()):
-                break
-            parent.rmdir()
+        for parent in made:  # the innermost first
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def publish(staging: Path, folder: Path) -> list[Path]:
@@ -47,3 +86,31 @@ def publish(staging: Path, folder: Path) -> list[Path]:
         os.replace(path, final)
         published.append(final)
     return published
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Replace the contents of existing files, of all or of none.
+
+    All are written before any is replaced, so a full disk is noticed in time; if a replacement fails, files that were
+    replaced already get their former contents back.
+    """
+    before = {path: path.read_bytes() for path in contents}
+    try:
+        with ExitStack() as stack:
+            for path, content in contents.items():
+                stack.enter_context(atomic_file(path)).write_bytes(content)
+    except BaseException:
+        for path, content in before.items():
+            if path.read_bytes() != content:
+                path.write_bytes(content)
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write an object as JSON with a final newline."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _hidden(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}")

@@ -13,11 +13,11 @@ import sys
 from preflight import find_machine, preflight, require_packages
 from supervise import supervise
 
+from megatron_vwn.cli import REFUSED
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
 from megatron_vwn.recipes.recipe import Recipe, load_recipe, recipe_names
 
-REFUSED = 2
 TRAINING = "megatron_vwn.training.pretrain"
 ENVIRONMENT = {
     # The store that agents share by default does not outlive a worker that was killed: no restart would succeed.

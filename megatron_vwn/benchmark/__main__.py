@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torc
 
 from tqdm import tqdm  # noqa: E402
 
+from megatron_vwn.atomic import write_json  # noqa: E402
 from megatron_vwn.benchmark import machine, report  # noqa: E402
 from megatron_vwn.benchmark import table as _benchmark_table  # noqa: E402
 from megatron_vwn.cli import exit_code  # noqa: E402
@@ -203,7 +204,7 @@ _MODES = {"kernels": _kernels, "layer": _steps, "model": _steps, "table": _table
 
 def _finish(path: Path, mode: str, device, argv, settings: dict, results: list[dict], options) -> int:
     content = report.report(mode, device, argv, settings, results, commit=options.commit)
-    report.write(path, content)
+    write_json(path, content)
     print(f"{path} has this and more")
     return report.exit_code(results)
 

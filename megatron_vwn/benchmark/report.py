@@ -1,9 +1,7 @@
 """The table that a benchmark prints and the file that it writes."""
 
-import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,20 +63,6 @@ def choose_path(output: Path | None, mode: str, device, *, committed: bool, over
     if not os.access(path.parent, os.W_OK):
         raise VirtualWidthError(f"--output {path} cannot be written: choose a folder that can.")
     return path
-
-
-def write(path: Path, content: dict) -> None:
-    """Write JSON that appears whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -20,11 +20,8 @@ from megatron_vwn.checkpoint.convert import from_hf, to_hf  # noqa: E402
 from megatron_vwn.checkpoint.flags import command_line  # noqa: E402
 from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from megatron_vwn.cli import exit_code, progress_bar  # noqa: E402
+from megatron_vwn.cli import DIFFERENT, FAILED, exit_code, progress_bar  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
-
-_DIFFERENT = 1
-_VERIFY_SAYS_DIFFERENT = 3
 
 
 class _Difference(Exception):
@@ -39,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code("vwn-convert", lambda: program(options))
     except _Difference as difference:
         print(f"vwn-convert: {difference}", file=sys.stderr)
-        return _DIFFERENT
+        return FAILED
 
 
 def _to_hf(options: argparse.Namespace) -> None:
@@ -79,7 +76,7 @@ def _verify(megatron: Path, hugging_face: Path) -> None:
     """In a process of its own, which may emulate a GPU and ends with all its memory."""
     program = [sys.executable, "-W", "ignore", "-m", "megatron_vwn.checkpoint.verify"]
     code = subprocess.run([*program, megatron, hugging_face]).returncode
-    if code == _VERIFY_SAYS_DIFFERENT:
+    if code == DIFFERENT:
         raise _Difference("the two checkpoints do not compute the same: nothing was written.")
     if code:
         raise VirtualWidthError("--verify could not run both checkpoints: nothing was written, try without it.")

@@ -1,10 +1,9 @@
 """Output folders that appear whole or not at all, and Hugging Face folders read and written one tensor at a time."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vwn.atomic import atomic_folder
 from megatron_vwn.checkpoint.torch_dist import TRACKER, TensorInfo
 from megatron_vwn.config import VirtualWidthError
 
@@ -44,27 +44,11 @@ def appearing_whole(folder: Path, *, overwrite: bool, sources: Iterable[Path | N
     """
     folder = folder.resolve()
     _check_target(folder, overwrite, [source.resolve() for source in sources if source is not None])
-    partial, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise VirtualWidthError(f"{folder} cannot be written ({error.strerror}): give another.") from error
-    try:
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+        with atomic_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise VirtualWidthError(f"{folder} cannot be written ({error}): make room or give another.") from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for parent in made:  # the innermost first; they stay where they are of use
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def _check_target(folder: Path, overwrite: bool, sources: list[Path]) -> None:

@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint import mapping  # noqa: E402
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
+from megatron_vwn.cli import DIFFERENT, REFUSED  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.hf import VWNConfig  # noqa: E402
 from megatron_vwn.hf.modeling_vwn import VWNRouter  # noqa: E402
@@ -51,8 +52,6 @@ _RANDOM_PROMPTS, _LONGEST = 3, 64
 # A choice of experts near a tie is decided by rounding: in half precision such tokens are left out, as long as others
 # remain. The same tensors in fp32 leave no such doubt, and are compared too.
 _FEWEST_TOKENS = 8
-# Python itself ends with 1 when something was not foreseen.
-_REFUSED, _DIFFERENT = 2, 3
 
 # What the run did for its layout, its speed or its training, undone: one process, no noise, no dropped tokens.
 _ALONE = {
@@ -154,8 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         same = compare(options.megatron, options.hugging_face)
     except VirtualWidthError as refusal:
         print(f"verify: {refusal}", file=sys.stderr)
-        return _REFUSED
-    return 0 if same else _DIFFERENT
+        return REFUSED
+    return 0 if same else DIFFERENT
 
 
 @torch.no_grad()

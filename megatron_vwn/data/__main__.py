@@ -8,7 +8,6 @@ at the end.
 import argparse
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_vwn.atomic import publish, staging_folder
+from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.data import tokenizer as _tokenizer
 from megatron_vwn.data.documents import Format, find_files, is_held_out, read_batches
@@ -47,19 +47,7 @@ example
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for a refusal, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
-    # A job that is ended by its scheduler cleans up as after Ctrl-C.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        _prepare(arguments)
-    except (VirtualWidthError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return 0
+    return exit_code(PROGRAM, lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(arguments: argparse.Namespace) -> None:
+    try:
+        _prepare(arguments)
+    except OSError as error:  # a file that cannot be read, a full disk: the error names it
+        raise VirtualWidthError(str(error)) from error
+
+
 def _prepare(arguments: argparse.Namespace) -> None:
     form = _check_arguments(arguments)
     files = find_files(arguments.inputs)
@@ -110,7 +105,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if existing and not arguments.overwrite:
         raise VirtualWidthError(f"{existing[0]} exists: choose another --output or add --overwrite.")
 
-    with staging_folder(output.parent, output.name) as staging:
+    with staging_folder(output) as staging:
         tokenizer_folder = Path(arguments.tokenizer or staging / f"{output.name}_tokenizer")
         if arguments.train_tokenizer:
             texts = _training_texts(files, form, arguments.validation_fraction, arguments.seed)

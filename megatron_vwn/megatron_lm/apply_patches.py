@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vwn.atomic import replace_files
 from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
 
@@ -59,7 +59,13 @@ def _run(options: argparse.Namespace) -> None:
     elif options.check:
         print(f"{about}: patches can be {done}: {names}.")
     else:
-        replace_files(checkout, patched_files(checkout, wanted, reverse=options.revert))
+        contents = patched_files(checkout, wanted, reverse=options.revert)
+        try:
+            replace_files({checkout / target: content for target, content in contents.items()})
+        except OSError as error:
+            raise VirtualWidthError(
+                f"{checkout} cannot be written ({error}) and is as it was: make it writable."
+            ) from None
         print(f"{about}: patches {done}: {names}.")
 
 
@@ -111,36 +117,6 @@ def find_patches(checkout: Path, version: str) -> list[Patch]:
 def patched_files(checkout: Path, patches: list[Patch], *, reverse: bool) -> dict[Path, bytes]:
     """What files become when patches are applied, or with ``reverse`` taken back; nothing is written."""
     return {patch.target: _result(checkout, patch.patch, patch.target, reverse) for patch in patches}
-
-
-def replace_files(checkout: Path, contents: Mapping[Path, bytes]) -> None:
-    """Replace files, all or none.
-
-    Everything is written beside its target first, so that a full disk is noticed before anything is replaced.
-
-    Raises:
-        VirtualWidthError: if the checkout cannot be written; every file is as before.
-    """
-    staged, replaced = {}, {}
-    try:
-        for target, content in contents.items():
-            path = (checkout / target).resolve()  # a link stays one
-            staged[path] = path.with_name(f".{path.name}.megatron_vwn")
-            staged[path].write_bytes(content)
-            shutil.copymode(path, staged[path])
-        for path, new in staged.items():
-            before = path.read_bytes()
-            os.replace(new, path)
-            replaced[path] = before
-    except BaseException as error:
-        for path, before in replaced.items():
-            path.write_bytes(before)
-        if not isinstance(error, OSError):
-            raise
-        raise VirtualWidthError(f"{checkout} cannot be written ({error}) and is as it was: make it writable.") from None
-    finally:
-        for new in staged.values():
-            new.unlink(missing_ok=True)
 
 
 def _release_folder(version: str) -> Path:

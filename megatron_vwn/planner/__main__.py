@@ -7,14 +7,13 @@ which are printed and can be changed by flags; nothing is measured.
 """
 
 import argparse
-import json
 import logging
-import os
 import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from megatron_vwn.atomic import write_json
 from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.planner.hardware import HARDWARE, rate_names, rates
@@ -84,7 +83,12 @@ def _run(options: argparse.Namespace) -> None:
     print()
     print(*assumption_lines(options.hardware, assumed), sep="\n")
     if options.json is not None:
-        _write(options.json, written)
+        try:
+            write_json(options.json, written)
+        except OSError as error:
+            raise VirtualWidthError(
+                f"--json {options.json} cannot be written ({error.strerror}): choose another file."
+            ) from None
 
 
 def _recipe(options: argparse.Namespace) -> tuple[Recipe, VirtualWidthError | None]:
@@ -137,16 +141,6 @@ def _count_lines(whole, plain):
 
 def _numbers(whole) -> dict[str, int]:
     return {"total": whole.total, "trunk": whole.trunk, "active": whole.active, "mtp": whole.mtp}
-
-
-def _write(path: Path, written: dict) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(written, indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise VirtualWidthError(f"--json {path} cannot be written ({error.strerror}): choose another file.") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,16 +10,14 @@ only, also those of other Megatron runs: every folder with event files is a run,
 
 import argparse
 import shlex
-import signal
 import sys
 from pathlib import Path
 
-from megatron_vwn.cli import exit_code
+from megatron_vwn.cli import FAILED, INTERRUPTED, exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
 from megatron_vwn.study.plan import Run, Study, check_data, load_study
 
-_FAILED, _INTERRUPTED = 1, 130
 # What the package's extra "study" installs; training needs none of it.
 _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
 
@@ -57,7 +55,7 @@ def _train(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
     if failed or untimed:
         names = ", ".join([run.name for run in failed] + [f"timing of {name}" for name in untimed])
         print(f"vwn-study: failed: {names}; start again to try these once more.", file=sys.stderr)
-        return _FAILED
+        return FAILED
     print(f"All {len(runs)} runs are done. Compare them: vwn-study report {shlex.quote(str(options.output))}")
     return 0
 
@@ -76,7 +74,7 @@ def _measure(study: Study, options: argparse.Namespace) -> int:
     with locked(options.output) as lock:
         _counted(study, options.output)
         failed = time_variants(study, options.output, study.variants, slots(study.ranks, 1)[0], lock)
-    return _FAILED if failed else 0
+    return FAILED if failed else 0
 
 
 def _counted(study: Study, output: Path) -> dict[str, dict]:
@@ -129,12 +127,11 @@ def _print_plan(study: Study, runs: list[Run], output: Path) -> None:
 
 
 def _interruptible(work) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the trainings too
     try:
         return work()
     except KeyboardInterrupt:
         print("vwn-study: interrupted; start again to go on from the last checkpoints.", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_vwn.atomic import write_json
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.plan import Run, Study
 from megatron_vwn.training.log_lines import last_checkpoint
@@ -157,10 +158,3 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise VirtualWidthError(f"{path} cannot be read ({error}): delete it.") from None
     return content if isinstance(content, dict) else {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)

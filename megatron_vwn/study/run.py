@@ -16,7 +16,6 @@ from megatron_vwn.study.plan import Run, Study
 from megatron_vwn.study.progress import Progress, minutes
 from megatron_vwn.training.log_lines import read_step, read_validation
 
-_REFUSED = 2
 _SECONDS_BETWEEN_LOOKS = 0.5
 Gpus = tuple[str, ...] | None
 
