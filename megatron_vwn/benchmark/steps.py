@@ -316,7 +316,7 @@ def _compare(results: dict[str, dict], agreed: Iterable[Candidate], task, bandwi
             result |= {"flops_per_token": flops, "flop_rate": flops * tokens / seconds}
             continue
         vw, hidden = description.virtual_width, description.args.hidden_size
-        width = costs.Width(vw.m, vw.n, hidden, dynamic=vw.dynamic, mixes=vw.num_carry > 0)
+        width = costs.Width.of(vw, hidden)
         floor = costs.layer_floor_seconds(
             width,
             tokens,

@@ -17,7 +17,7 @@ from functools import wraps
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_layer_counts, parse_hybrid_pattern
 
 from megatron_vwn.config import VirtualWidthConfig
-from megatron_vwn.ops.costs import Width, kept_stream_bytes, matrix_flops
+from megatron_vwn.ops.costs import Width, end_flops, fusion_flops, kept_stream_bytes, matrix_flops, once_stream_bytes
 from megatron_vwn.training.flags.vwn import virtual_width_from_args
 
 Args = argparse.Namespace
@@ -120,13 +120,12 @@ def added_flops(args: Args) -> int:
     virtual_width = virtual_width_from_args(args)
     if virtual_width is None:
         return 0
-    width, depths = _width(args, virtual_width), _depths(args)
-    edge = 2 * width.hidden_size * width.over_width
-    edges = 2 if virtual_width.embedding == "projected" else 1
+    width, depths = Width.of(virtual_width, args.hidden_size), _depths(args)
+    ends = 2 if virtual_width.embedding == "projected" else 1
     forward = sum(get_hybrid_layer_counts(args.hybrid_layer_pattern).values()) * matrix_flops(
         "connection", "forward", width
     )
-    forward += (1 + depths) * edges * edge + depths * 4 * width.n * width.segment**2
+    forward += (1 + depths) * ends * end_flops(width) + depths * fusion_flops(width)
     return _FORWARD_AND_BACKWARD * forward
 
 
@@ -138,7 +137,7 @@ def added_parameters(args: Args) -> AddedParameters:
     subtracted, because Megatron's estimate does not count it.
     """
     virtual_width = virtual_width_from_args(args)
-    width, stages = _width(args, virtual_width), args.pipeline_model_parallel_size
+    width, stages = Width.of(virtual_width, args.hidden_size), args.pipeline_model_parallel_size
     over, hidden, segment = width.over_width, width.hidden_size, width.segment
     norm = over * (1 if args.normalization == "RMSNorm" else 2)
     projected = over * hidden if virtual_width.embedding == "projected" else 0
@@ -182,14 +181,13 @@ def added_activation_bytes(args: Args, num_microbatches: int | None = None) -> f
         num_microbatches: of a step; None for enough to fill the pipeline.
     """
     virtual_width = virtual_width_from_args(args)
-    width, stages = _width(args, virtual_width), args.pipeline_model_parallel_size
+    width, stages = Width.of(virtual_width, args.hidden_size), args.pipeline_model_parallel_size
     main, further = _pattern(args)
     connections = len(main) // stages + (_depths(args) * len(further) if stages == 1 else 0)
     block = virtual_width.recompute_block
     element_bytes = 4 if args.fp32_residual_connection else args.params_dtype.itemsize
     per_token = kept_stream_bytes(width, connections, block=block, element_bytes=element_bytes)
-    # What lives while one block runs backward, which only one micro-batch does at a time.
-    once = 0 if block is None else kept_stream_bytes(width, 0, block=block, element_bytes=element_bytes)
+    once = 0 if block is None else once_stream_bytes(width, block, element_bytes=element_bytes)
     per_token = (per_token - once) * _in_flight(args, num_microbatches) + once
     tokens = args.seq_length * args.micro_batch_size / args.context_parallel_size
     ranks = 1 if _partition(args, virtual_width) == "replicated" else args.tensor_model_parallel_size
@@ -208,16 +206,6 @@ def _said(added: float, of_what: str, verbose: bool) -> float:
     if verbose:
         print(f"Virtual width, in {of_what}: {added / _MEGABYTE:.2f} MB")
     return added
-
-
-def _width(args: Args, virtual_width: VirtualWidthConfig) -> Width:
-    return Width(
-        virtual_width.m,
-        virtual_width.n,
-        args.hidden_size,
-        dynamic=virtual_width.dynamic,
-        mixes=virtual_width.carry != "identity",
-    )
 
 
 def _partition(args: Args, virtual_width: VirtualWidthConfig) -> str:

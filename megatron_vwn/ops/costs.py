@@ -52,6 +52,12 @@ class Width:
                 "the hidden size."
             )
 
+    @classmethod
+    def of(cls, virtual_width, hidden_size: int) -> "Width":
+        """The stream of a ``VirtualWidthConfig``, whose module ``ops`` does not import."""
+        mixes = virtual_width.num_carry > 0
+        return cls(virtual_width.m, virtual_width.n, hidden_size, dynamic=virtual_width.dynamic, mixes=mixes)
+
     @property
     def segment(self) -> int:
         """E = D/m in channels."""
@@ -136,6 +142,16 @@ def matrix_flops(op: Op, direction: Pass, width: Width) -> int:
     products = 2 * width.m * width.over_width if read_columns else _write_products(width)
     forward = logits + products
     return forward if direction == "forward" else 2 * forward + logits
+
+
+def end_flops(width: Width) -> int:
+    """FLOPs of W_reduce per token, forward, 2DD'; W_expand of a projected embedding has as many."""
+    return 2 * width.hidden_size * width.over_width
+
+
+def fusion_flops(width: Width) -> int:
+    """FLOPs per token, forward, of a further prediction's fusion, [embedding, state] to state by segment: 4nE^2."""
+    return 4 * width.n * width.segment**2
 
 
 def _write_products(width: Width) -> int:
@@ -254,9 +270,16 @@ def kept_stream_bytes(
     over, hidden = width.over_width, width.hidden_size
     if block is None:
         return element_bytes * connections * (over + hidden)
-    _check_block(block)
+    once = once_stream_bytes(width, block, element_bytes=element_bytes)
     outputs = 0 if rebuild_input else connections * hidden
-    return element_bytes * (math.ceil(connections / block) * over + outputs + over * (block + 1))
+    return element_bytes * (math.ceil(connections / block) * over + outputs) + once
+
+
+def once_stream_bytes(width: Width, block: int, *, element_bytes: int = 2) -> int:
+    """The part of ``kept_stream_bytes`` that lives while one block runs backward, which one micro-batch does at a time:
+    the block's k states and one gradient."""
+    _check_block(block)
+    return element_bytes * width.over_width * (block + 1)
 
 
 def kept_stream_bytes_of_two_levels(

@@ -16,7 +16,7 @@ for an all-reduce; all-to-all (g-1)/g of what it holds.
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_vwn.ops.costs import floor_seconds
+from megatron_vwn.ops.costs import end_flops, floor_seconds, fusion_flops
 from megatron_vwn.planner.hardware import Rates
 from megatron_vwn.planner.memory import message_bytes
 from megatron_vwn.planner.shape import Parameters, Shape
@@ -107,9 +107,9 @@ def sublayer_flops(shape: Shape, symbol: str) -> dict[str, float]:
 def edge_flops(shape: Shape, rank: int) -> dict[str, float]:
     """Forward FLOPs of a micro-batch for what is at the ends of the model."""
     tokens, hidden, wide = shape.tokens / shape.tensor, shape.hidden, shape.width is not None
-    expansion = tokens * 2 * hidden * shape.over_width if wide and shape.virtual_width.embedding == "projected" else 0
-    reduction = tokens * 2 * hidden * shape.over_width if wide else 0
-    fusion = tokens * 4 * (shape.width.n * shape.width.segment**2 if wide else hidden**2)
+    reduction = tokens * end_flops(shape.width) if wide else 0
+    expansion = reduction if wide and shape.virtual_width.embedding == "projected" else 0
+    fusion = tokens * (fusion_flops(shape.width) if wide else 4 * hidden**2)
     last, depths = rank == shape.pipeline - 1, len(shape.predictions)
     return {
         "head": last * (1 + depths) * tokens * 2 * hidden * shape.vocabulary,

@@ -182,8 +182,7 @@ def shape_of(recipe: Recipe) -> Shape:
         shared_ffn=recipe.get("moe-shared-expert-intermediate-size") or 0 if routed else 0,
         vocabulary=recipe.number("padded-vocab-size"),
         sequence=recipe.number("seq-length"),
-        width=virtual_width
-        and Width(virtual_width.m, virtual_width.n, hidden, virtual_width.dynamic, virtual_width.num_carry > 0),
+        width=virtual_width and Width.of(virtual_width, hidden),
         virtual_width=virtual_width,
         stages=stages,
         predictions=tuple(predictions),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import Width
 
@@ -138,6 +139,26 @@ def test_best_block_is_the_best(connections):
     every = [costs.kept_stream_bytes(width, connections, block=k) for k in range(1, connections + 1)]
     assert costs.kept_stream_bytes(width, connections, block=costs.best_block(connections)) == min(every)
     assert abs(costs.best_block(connections) - math.sqrt(connections)) <= 3
+
+
+def test_what_lives_while_a_block_runs_is_once_in_what_is_kept():
+    width, connections, block = Width(4, 16, D), 12, 4
+    once = costs.once_stream_bytes(width, block)
+    assert once == 2 * (4 + 1) * 4 * D
+    assert costs.kept_stream_bytes(width, connections, block=block) == once + 2 * 3 * 4 * D
+
+
+def test_flops_of_the_ends_and_of_a_fusion():
+    width = Width(4, 16, 32)
+    assert costs.end_flops(width) == 2 * 32 * 128
+    # Each of the 16 segments is made from two of E = 8.
+    assert costs.fusion_flops(width) == 16 * 2 * (2 * 8) * 8
+
+
+def test_the_stream_of_a_configuration():
+    assert Width.of(VirtualWidthConfig(m=2, n=4), 8) == Width(2, 4, 8)
+    static = VirtualWidthConfig(m=2, n=4, connection="static", carry="identity")
+    assert Width.of(static, 8) == Width(2, 4, 8, dynamic=False, mixes=False)
 
 
 def test_weight_gradients_do_not_fit_beside_the_tiles():
