@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ print(len(names), "modules")
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder with the package as pip unpacks its wheel; the checkout is copied, so that nothing is left in it."""
+def folder(tmp_path_factory):
+    """A folder with a copy of the checkout, in ``source``, so that nothing is left in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -59,6 +60,12 @@ def installed(tmp_path_factory):
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(folder):
+    """A folder with the package as pip unpacks its wheel."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     done = subprocess.run(
         [*pip, "--target", folder / "site", folder / "source"], cwd=folder, capture_output=True, text=True
@@ -80,3 +87,15 @@ def test_every_module_and_every_file_is_inside(installed):
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout.endswith("modules\n")
+
+
+def test_sources_have_what_a_wheel_is_built_from(folder):
+    program = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"setup.py", "megatron_vwn/py.typed"}
+    for outside in ("examples/recipes", "patches"):
+        wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / outside).rglob("*") if path.is_file()}
+    assert len(wanted) > 10 and wanted <= names, wanted - names
