@@ -1,12 +1,10 @@
 """The report of a study as a folder: Markdown, one HTML file, CSV and plots, which appears when it is complete."""
 
 import csv
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megatron_vwn.atomic import atomic_folder
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.compare import AXES, Comparison, compare
 from megatron_vwn.study.events import LoggedRun, find_runs
@@ -37,31 +35,16 @@ def write_report(folders: Sequence[Path], output: Path, baseline: str | None, co
     comparison = compare(runs, baseline or study.get("baseline"), list(study.get("variants", ())))
     comparison.notes += _unfinished(folders[0], study) if study else []
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        with atomic_folder(output) as staging:
+            plots = draw(comparison, staging)
+            text = as_markdown(comparison, runs, plots, study, command)
+            (staging / "report.md").write_text(text)
+            (staging / "report.html").write_text(as_html(text, study.get("title") or "Comparison of runs", staging))
+            _write_csv(staging / "results.csv", _results(comparison))
+            _write_csv(staging / "curves.csv", _curves(comparison))
     except OSError as error:
         raise VirtualWidthError(f"{output} cannot be written ({error.strerror}): give another --output.") from None
-    try:
-        plots = draw(comparison, staging)
-        text = as_markdown(comparison, runs, plots, study, command)
-        (staging / "report.md").write_text(text)
-        (staging / "report.html").write_text(as_html(text, study.get("title") or "Comparison of runs", staging))
-        _write_csv(staging / "results.csv", _results(comparison))
-        _write_csv(staging / "curves.csv", _curves(comparison))
-        staging.chmod(0o755)
-        _replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return [*(f"Note: {note}" for note in comparison.notes), f"The report is {output / 'report.html'}."]
-
-
-def _replace(staging: Path, output: Path) -> None:
-    """Two renames, so that at no time a part of a report is there."""
-    old = staging.with_name(f"{staging.name}.old")
-    if output.exists():
-        os.replace(output, old)
-    os.replace(staging, output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _unfinished(folder: Path, study: dict) -> list[str]:

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from megatron_vwn.cli import REFUSED
 from megatron_vwn.config import VirtualWidthError
 
 # More than the first rank of a node may lag behind the others while they import Megatron from a slow file system.
@@ -31,4 +32,4 @@ def say_refusal(refusal: VirtualWidthError) -> int:
         time.sleep(_SECONDS_TO_BE_ENDED)
     else:
         print(f"megatron_vwn: {refusal}", file=sys.stderr, flush=True)
-    return 2
+    return REFUSED
