@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# What Megatron would train faster with is said by the table: "local layers".
+# Megatron warns that Apex is missing; the table says so: "local layers".
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
 
 from tqdm import tqdm  # noqa: E402

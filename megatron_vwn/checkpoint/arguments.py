@@ -1,7 +1,11 @@
-"""What Megatron's arguments of a run say about its model, in the words of a Hugging Face configuration, and back."""
+"""What Megatron's arguments of a run say about its model, in the words of a Hugging Face configuration, and back.
+
+And the same arguments as flags, to train a converted checkpoint on by copying a line.
+"""
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
@@ -23,6 +27,8 @@ _SAME = {
     "fp32_residual_connection": "fp32_residual_connection",
     "initializer_range": "init_method_std",
 }
+# Derived by Megatron from the pattern, which refuses to be told again.
+_SAID_BY_THE_PATTERN = ("num_layers", "mtp_num_layers")
 VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name not in OF_THE_RUN)
 """Settings that a VWNConfig and Megatron's arguments call the same."""
 _SAME_OF_EXPERTS = {
@@ -266,3 +272,46 @@ def _window_flags(config: VWNConfig) -> dict[str, object]:
     windows = [int(symbol == "*" and next(kinds) == "sliding_attention") for symbol in config.hybrid_pattern]
     skip = None if "full_attention" not in config.layer_types else windows
     return {"window_size": (config.sliding_window - 1, 0), "window_attn_skip_freq": skip}
+
+
+def command_line(arguments: Mapping[str, object]) -> list[str]:
+    """The flags that make Megatron's parser return these arguments: what differs from its defaults, and no more.
+
+    Args:
+        arguments: values by the names of parsed arguments, such as ``megatron_arguments`` gives; without
+            ``--group-query-attention`` and biases, what Megatron derives from their absence is left out.
+    """
+    # Here, because only training on needs the parser, and importing it imports all of Megatron.
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_vwn.training.flags.vwn import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    wanted = {name: value for name, value in arguments.items() if name not in _SAID_BY_THE_PATTERN}
+    if not wanted.get("group_query_attention"):
+        wanted.pop("num_query_groups", None)
+    if wanted.get("swiglu") or wanted.get("squared_relu") or not wanted.get("add_bias_linear", True):
+        wanted.pop("bias_gelu_fusion", None)
+    words, said = [], set()
+    for action in parser._actions:
+        name = action.dest
+        if name in said or name not in wanted or wanted[name] in (action.default, None, ()):
+            continue
+        said.add(name)
+        words += _typed(action, wanted[name])
+    return words
+
+
+def _typed(action: argparse.Action, value: object) -> list[str]:
+    flag = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [flag if value else next(each for each in action.option_strings if each.startswith("--no-"))]
+    if action.nargs == 0:  # a switch, whose presence sets the other value than its default
+        return [flag]
+    if isinstance(value, list) and action.nargs in ("+", "*"):
+        return [flag, *map(str, value)]
+    if isinstance(value, list):
+        return [flag, f"[{','.join(map(str, value))}]"]  # Megatron evaluates it as an expression
+    if isinstance(value, tuple):
+        return [flag, ",".join(map(str, value))]
+    return [flag, str(value)]

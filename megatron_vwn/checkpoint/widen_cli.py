@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-# What Megatron would train faster with, and that nobody else takes part: neither concerns a conversion.
+# Warnings about a missing Apex and about a single process concern training, not a conversion.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-from megatron_vwn.checkpoint.arguments import megatron_arguments  # noqa: E402
+from megatron_vwn.checkpoint.arguments import command_line, megatron_arguments  # noqa: E402
 from megatron_vwn.checkpoint.convert import write_megatron  # noqa: E402
-from megatron_vwn.checkpoint.flags import command_line  # noqa: E402
 from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen  # noqa: E402

@@ -9,7 +9,7 @@ Shape suffixes:
     M   m, segments of one backbone vector          K   coefficients per segment: m read, (n or 0) carry, m write
     E   channels of a segment                       T   tokens
 
-Learned A, B, S, W_expand and W_reduce are deviations from the paper's initial values: all zeros at birth. Between
+Learned A, B, S, W_expand and W_reduce are deviations from the paper's initial values: initially zero. Between
 sublayers the state is [batch, sequence, N * E].
 """
 

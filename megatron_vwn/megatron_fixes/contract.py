@@ -338,7 +338,7 @@ USES = (
     # Python.
     Use("os", "_exit", ("status",), "data/encode.py", "call"),
     Use("os", "_exit", ("status",), "data/windows.py", "call"),
-    Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/flags.py", "read"),
+    Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/arguments.py", "read"),
 )
 
 

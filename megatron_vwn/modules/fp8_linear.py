@@ -75,7 +75,7 @@ class Fp8Linear:
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         with te.fp8_autocast(enabled=False), get_fp8_context(self._config):
-            FP8GlobalStateManager.is_first_fp8_module()  # it is to whoever asks first
+            FP8GlobalStateManager.is_first_fp8_module()  # true for the first caller only
             yield
 
 

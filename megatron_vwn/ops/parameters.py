@@ -31,7 +31,7 @@ class ConnectionParameters(NamedTuple):
         routing_NK: deviation of [A_read | A_carry | B^T] from the initial pattern.
         scale_NK: deviation of S from one; None for a static connection.
         weight_EK: [W_a_read | W_a_carry | W_b]; None for a static connection.
-        norm_E: RMSNorm weight itself, ones at birth; None for a static connection.
+        norm_E: RMSNorm weight itself, initially ones; None for a static connection.
         doubly_stochastic: whether the carry is the Sinkhorn projection of what would else be added to the identity.
         recompute: whether torch operations keep their arguments alone for the backward pass, as the kernels do.
         kernels: what computes: "triton", "torch", or "auto" for Triton wherever it can.

@@ -7,8 +7,7 @@ import pytest
 from hf.cases import MODELS
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_vwn.checkpoint.arguments import backbone, hf_config, megatron_arguments
-from megatron_vwn.checkpoint.flags import command_line
+from megatron_vwn.checkpoint.arguments import backbone, command_line, hf_config, megatron_arguments
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig
 from megatron_vwn.training.flags.defaults import megatron_defaults

@@ -28,7 +28,7 @@ def stages_of_ranks(pattern: str, ranks: int, first: int | None = None, last: in
             pattern without marks may have.
 
     Returns:
-        Nothing where stages do not divide, which is for others to refuse.
+        Nothing where stages do not divide, which other checks refuse.
     """
     trunk, _, further = pattern.partition(_FURTHER)
     stages = trunk.split(_STAGE)
@@ -116,5 +116,5 @@ def logs_router_losses(balancing: object, coefficients: object, z_loss: object) 
 def _is_weight(value: object) -> bool:
     try:
         return float(value or 0) != 0
-    except (TypeError, ValueError):  # no number, which is for others to refuse
+    except (TypeError, ValueError):  # no number, which other checks refuse
         return False
