@@ -8,20 +8,27 @@ import pytest
 TESTS = Path(__file__).parent
 # These files share a fixture of the session, which no second process should compute again.
 SHARED = {"checkpoint"}
-# By the sessions that they start, the longest first: a long file that began last would leave the other core idle.
+# By the seconds that they took (--durations), the longest first: a long file that began last would leave the other core
+# idle.
 LONGEST_FIRST = [
-    "examples/test_recipes_elastic.py",
-    "study/test_study_run.py",
     "parallel/test_parallel.py",
-    "training/test_refusals.py",
-    "examples/test_evaluate.py",
-    "training/test_kill_and_resume.py",
-    "planner/test_plan.py",
-    "megatron_lm/test_patched.py",
     "ops/test_kernels.py",
-    "data/test_dali_data.py",
-    "cpu/test_cpu_session.py",
     "checkpoint",
+    "examples/test_recipes_elastic.py",
+    "training/test_kernels_in_training.py",
+    "examples/test_recipes_launch.py",
+    "data/test_dali_data.py",
+    "modules/test_input_norm.py",
+    "examples/test_recipes_models.py",
+    "study/test_study_run.py",
+    "training/test_refusals.py",
+    "training/test_attention_kinds.py",
+    "training/test_kill_and_resume.py",
+    "megatron_lm/test_patched.py",
+    "planner/test_plan.py",
+    "cpu/test_cpu_session.py",
+    "hf/test_parity.py",
+    "training/test_data.py",
 ]
 # Marker of a file, or of all files of a folder. "emulated" pins our assumptions of something that is not there.
 KINDS = {
@@ -62,20 +69,22 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="something from every room, in minutes")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_itemcollected(item):
+    """Marks, as soon as a check is found: xdist reads its groups before any other hook sees the whole collection."""
+    for kind, places in KINDS.items():
+        if any(_path(item) == place or _path(item).startswith(f"{place}/") for place in places):
+            item.add_marker(kind)
+    if "needs a GPU" in [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]:
+        item.add_marker("gpu")
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("quick"):
         left_out = [item for item in items if not _is_quick(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_quick(item)]
-    for item in items:
-        for kind, places in KINDS.items():
-            if any(_path(item) == place or _path(item).startswith(f"{place}/") for place in places):
-                item.add_marker(kind)
-        if "needs a GPU" in [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]:
-            item.add_marker("gpu")
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
     places = {group: place for place, group in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(_group(item), len(places)))
 

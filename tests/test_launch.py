@@ -51,3 +51,10 @@ def test_what_is_read_at_import_needs_a_process_of_its_own(tmp_path):
     assert launch.session(0, script, env={"TORCH_LOGS": "-dynamo"}).stdout == "-dynamo False\n"
     script.write_text("import os, sys; print('RANK' in os.environ, 'megatron' in sys.modules)")
     assert launch.session(0, script).stdout == "False True\n"
+
+
+def test_a_file_stays_in_one_process(request):
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("the suite runs in one process")
+    # xdist's mark of a group: without it, sessions of a file would be run in both processes.
+    assert request.node.nodeid.endswith("@test_launch.py")

@@ -2,7 +2,8 @@
 
 It differs from ``ops.reference`` in two ways. Only deviations from the initial pattern are multiplied, C = H + dA^T H,
 so the stream of a freshly initialised model is copied exactly and low-precision products round only the small part.
-And a coefficient is computed in stages, because under the width partition a rank sees only some channels of each segment:
+And a coefficient is computed in stages, because under the width partition a rank sees only some channels of each
+segment:
 
     projection   sum over the rank's channels of h^2 and of h (g o W)     summed over ranks by the caller
     deviations   logits, gate and static part, minus the initial pattern  identical on all ranks
