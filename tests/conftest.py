@@ -70,14 +70,12 @@ def pytest_addoption(parser):
 
 
 def pytest_itemcollected(item):
-    """Marks, as soon as a check is found: xdist reads its groups before any other hook sees the whole collection."""
+    """The kind of a check, as a marker."""
     for kind, places in KINDS.items():
         if any(_path(item) == place or _path(item).startswith(f"{place}/") for place in places):
             item.add_marker(kind)
     if "needs a GPU" in [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]:
         item.add_marker("gpu")
-    if item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -86,7 +84,19 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_quick(item)]
     places = {group: place for place, group in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(_group(item), len(places)))
+    items.sort(key=lambda item: places.get(group_of(_path(item)), len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hands whole groups to the processes. xdist's own "loadgroup" does nothing, in silence, with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid.partition("::")[0].removeprefix(f"{TESTS.name}/"))
+
+    return Groups(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -109,9 +119,10 @@ def _path(item) -> str:
     return item.path.relative_to(TESTS).as_posix()
 
 
-def _group(item) -> str:
-    room = _path(item).partition("/")[0]
-    return room if room in SHARED else _path(item)
+def group_of(path: str) -> str:
+    """What stays in one process: a file, or all files of a folder."""
+    room = path.partition("/")[0]
+    return room if room in SHARED else path
 
 
 def _is_quick(item) -> bool:

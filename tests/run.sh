@@ -9,4 +9,4 @@ prepare_venv
 export OMP_NUM_THREADS=1
 # Two processes, each with whole files; a later "-n 0" among the arguments runs everything in one. tests/conftest.py sets
 # the order, which xdist would otherwise replace by the number of tests.
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"

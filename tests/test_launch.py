@@ -1,6 +1,7 @@
 """Sessions in forks of a server end as those under torchrun do."""
 
 import subprocess
+from pathlib import Path
 
 import launch
 import pytest
@@ -53,8 +54,16 @@ def test_what_is_read_at_import_needs_a_process_of_its_own(tmp_path):
     assert launch.session(0, script).stdout == "False True\n"
 
 
-def test_a_file_stays_in_one_process(request):
-    if not hasattr(request.config, "workerinput"):
-        pytest.skip("the suite runs in one process")
-    # xdist's mark of a group: without it, sessions of a file would be run in both processes.
-    assert request.node.nodeid.endswith("@test_launch.py")
+def test_a_file_stays_in_one_process(tmp_path):
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("test_one", "checkpoint/test_two", "checkpoint/test_three"):
+        program = "import os, pytest\n\n@pytest.mark.parametrize('n', range(9))\ndef test(n):\n"
+        program += f"    open({str(tmp_path / 'ran')!r}, 'a').write(f'{name.split('/')[0]} {{os.getpid()}}\\n')\n"
+        (tmp_path / f"{name}.py").write_text(program)
+    pytest_options = ["-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "-p", "no:cacheprovider"]
+    done = launch.real(0, "-m", "pytest", *pytest_options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    assert len(ran) == 27
+    assert len({(group, process) for group, process in ran}) == 2
