@@ -51,3 +51,20 @@ def test_what_is_read_at_import_needs_a_process_of_its_own(tmp_path):
     assert launch.session(0, script, env={"TORCH_LOGS": "-dynamo"}).stdout == "-dynamo False\n"
     script.write_text("import os, sys; print('RANK' in os.environ, 'megatron' in sys.modules)")
     assert launch.session(0, script).stdout == "False True\n"
+
+
+SPAWNS = """
+import multiprocessing, os
+def where(number):
+    return number, os.getcwd(), os.environ["GIVEN"]
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(*pool.map(where, [7])[0])
+"""
+
+
+def test_a_rank_can_spawn_processes_that_know_its_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNS)
+    done = launch.session(1, script, env={"GIVEN": "this"}, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == f"7 {tmp_path} this\n", done.stderr
