@@ -67,3 +67,20 @@ def test_a_file_stays_in_one_process(tmp_path):
     ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
     assert len(ran) == 27
     assert len({(group, process) for group, process in ran}) == 2
+
+
+SPAWNS = """
+import multiprocessing, os
+def where(number):
+    return number, os.getcwd(), os.environ["GIVEN"]
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(*pool.map(where, [7])[0])
+"""
+
+
+def test_a_rank_can_spawn_processes_that_know_its_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNS)
+    done = launch.session(1, script, env={"GIVEN": "this"}, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == f"7 {tmp_path} this\n", done.stderr

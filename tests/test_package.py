@@ -1,15 +1,13 @@
 """What ``import megatron_vwn`` offers, and what it leaves unimported."""
 
-import subprocess
-import sys
-
+import launch
 import pytest
 
 import megatron_vwn
 
 
 def run(program):
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = launch.real(0, "-c", program)
     assert done.returncode == 0, done.stderr
 
 

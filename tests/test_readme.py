@@ -1,13 +1,13 @@
 """What the support matrix says about Megatron's flags is what happens, and what the Markdown files name exists."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import launch
 import pytest
 from parallel.cases import CHECKS
 from training.test_refusals import MOCK, MODEL, WIDE
@@ -79,12 +79,7 @@ def session(tmp_path_factory):
     """What Megatron's parser has and what our entry point refuses, from one process that may import Megatron."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "valued.json").write_text(json.dumps([pattern for pattern in patterns() if " " in pattern]))
-    done = subprocess.run(
-        [sys.executable, __file__, folder / "valued.json", folder / "answers.json"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(0, __file__, folder / "valued.json", folder / "answers.json", env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "answers.json").read_text())
 

@@ -1,11 +1,10 @@
 """vwn-benchmark: order of the samples, no speed for what is wrong, what it writes, and what it refuses."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -272,19 +271,16 @@ def test_interrupted(monkeypatch, tmp_path, capsys):
     assert "nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def session(name, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, HERE / name, tmp_path], env=environment, capture_output=True, text=True, cwd=tmp_path
-    )
+def test_layers_and_models_step(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    script = HERE / "session_benchmark_steps.py"
+    run = launch.session(0, script, tmp_path, env=launch.WITHOUT_GPU, cwd=tmp_path)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
-def test_layers_and_models_step(tmp_path):
-    session("session_benchmark_steps.py", tmp_path)
-
-
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+def test_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    session("session_benchmark_compile.py", tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    # Torch and Triton as they are, without the emulation that a server has installed.
+    run = launch.real(0, HERE / "session_benchmark_compile.py", tmp_path, env=launch.WITHOUT_GPU, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

@@ -1,12 +1,10 @@
 """A widened model computes what the ordinary one computes, wherever it came from."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -176,15 +174,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(change, flags, says, source
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory):
     """What the session on Megatron's side found, by check."""
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
-            *(HERE / "session_widen.py", tmp_path_factory.mktemp("widen")),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
+    run = launch.session(1, HERE / "session_widen.py", tmp_path_factory.mktemp("widen"))
     lines = [line.removeprefix("CHECK ") for line in run.stdout.splitlines() if line.startswith("CHECK ")]
     return {found["name"]: found for found in map(json.loads, lines)}, run.stderr[-4000:]
 

@@ -2,29 +2,23 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SEQUENCE, VOCABULARY, STEPS = 16, 64, 200
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 needs_dali = pytest.mark.skipif(
     importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
     reason="NVIDIA DALI is not installed: pip install 'megatron_vwn[dali]'",
 )
-
-
-def launcher(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +52,8 @@ def ranks(prefixes, tmp_path_factory):
         "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--num-workers", "0",
     ]
     # fmt: on
-    done = subprocess.run(
-        [*launcher(2), Path(__file__).parent / "session_dali.py", folder, *prefixes, *flags],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    session = Path(__file__).parent / "session_dali.py"
+    done = launch.session(2, session, folder, *prefixes, *flags, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -122,7 +112,7 @@ def test_without_external_nothing_imports_dali(ranks):
 
 
 def train(folder, name, *flags):
-    """One process of the training program; returns it, to be waited for."""
+    """One process of the training program."""
     # fmt: off
     model = [
         "--hybrid-layer-pattern", "*-", "--hidden-size", "16", "--num-attention-heads", "2", "--ffn-hidden-size", "32",
@@ -136,12 +126,8 @@ def train(folder, name, *flags):
         "--tensorboard-dir", str(folder / name),
     ]
     # fmt: on
-    return subprocess.Popen(
-        [*launcher(1), "-m", "megatron_vwn.training.pretrain", *model, *flags],
-        stdout=(folder / f"{name}.log").open("w"),
-        stderr=subprocess.STDOUT,
-        env=os.environ | ENVIRONMENT,
-    )
+    done = launch.session(1, "-m", "megatron_vwn.training.pretrain", *model, *flags, env=launch.WITHOUT_GPU)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def losses(folder):
@@ -160,14 +146,9 @@ def test_a_run_learns_the_same_and_resumes_at_the_exact_sample(prefixes, tmp_pat
     checkpoints = str(tmp_path / "checkpoints")
     external = [*data, str(tmp_path / "cache_external"), "--dataloader-type", "external"]
     external += ["--save", checkpoints, "--save-interval", "3"]
-    runs = {
-        "single": train(tmp_path, "single", *data, str(tmp_path / "cache_single")),
-        "external": train(tmp_path, "external", *external, "--exit-interval", "3"),
-    }
-    for name, run in runs.items():
-        assert run.wait() == 0, (tmp_path / f"{name}.log").read_text()[-4000:]
-    resumed = train(tmp_path, "resumed", *external, "--load", checkpoints)
-    assert resumed.wait() == 0, (tmp_path / "resumed.log").read_text()[-4000:]
+    train(tmp_path, "single", *data, str(tmp_path / "cache_single"))
+    train(tmp_path, "external", *external, "--exit-interval", "3")
+    train(tmp_path, "resumed", *external, "--load", checkpoints)
     whole = losses(tmp_path / "single")
     assert {step for tag, step in whole if tag == "lm loss"} == set(range(1, 7))
     assert {step for tag, step in whole if tag == "lm loss validation"} >= {2, 4, 6}

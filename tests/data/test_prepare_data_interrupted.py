@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import launch
 import pytest
 
 from megatron_vwn.config import VirtualWidthError
@@ -33,13 +33,13 @@ class Unfinished:
     def __init__(self, folder, tokenizer_folder):
         self.folder = folder
         os.mkfifo(folder / "corpus.jsonl")
-        command = [sys.executable, "-m", "megatron_vwn.data", "corpus.jsonl", "--output", "out"]
+        arguments = ["corpus.jsonl", "--output", "out", "--tokenizer", tokenizer_folder, "--workers", "2"]
         self.process = subprocess.Popen(
-            [*command, "--tokenizer", tokenizer_folder, "--workers", "2"],
+            launch.command(0, "-m", "megatron_vwn.data", *arguments),
             cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env=launch.environment(**launch.WITHOUT_GPU),
             start_new_session=True,
         )
         # More than the batches that the program holds back for its two workers, so that some are written.

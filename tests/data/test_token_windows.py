@@ -4,9 +4,9 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 
+import launch
 import numpy as np
 import psutil
 
@@ -65,7 +65,7 @@ def ended(process):
 
 
 def test_a_worker_ignores_the_signals_of_its_parent_and_ends_with_it():
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(launch.command(0, "-c", PARENT), stdout=subprocess.PIPE, text=True)
     try:
         worker = psutil.Process(int(parent.stdout.readline()))
         assert parent.stdout.readline() == "ready\n"

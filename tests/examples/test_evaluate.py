@@ -3,12 +3,11 @@
 import json
 import lzma
 import math
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -68,8 +67,9 @@ def test_the_split_is_that_of_vwn_prepare_data(tmp_path):
 
 
 def test_the_same_files_every_time(data, tmp_path):
-    script = [sys.executable, str(EXAMPLES / "evaluate" / "make_data.py"), "--output", str(tmp_path)]
-    subprocess.run(script, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}, cwd=tmp_path)
+    script = EXAMPLES / "evaluate" / "make_data.py"
+    done = launch.real(0, script, "--output", tmp_path, env={"PYTHONHASHSEED": "7"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert ([row["text"] for row in lines(tmp_path / "heldout.jsonl")], lines(tmp_path / "next_sentence.jsonl")) == data
 
 
@@ -171,17 +171,11 @@ def test_the_quickstart_scores_a_run_once(exported, tmp_path):
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: extra evaluate")
 def test_lm_eval_finds_our_bits_per_byte_without_a_network(exported, tmp_path):
     folder, texts = exported
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = ["-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
     command += ["--model_args", f"pretrained={folder / FOLDER},trust_remote_code=True,dtype=float32"]
     command += ["--include_path", str(EXAMPLES / "evaluate"), "--tasks", "vwn_heldout,vwn_next_sentence"]
-    done = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "out")],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = launch.real(0, *command, "--output_path", tmp_path / "out", env=offline, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(path.read_text())["results"]

@@ -1,10 +1,9 @@
 """The end of the quickstart, with stand-ins for what exports and scores."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
@@ -84,11 +83,10 @@ def test_an_export_writes_what_is_not_there_and_stops_at_a_failure(tmp_path):
     package.mkdir(parents=True)
     for name, target in (("convert", 2), ("widen", 1)):
         (package / f"{name}_cli.py").write_text(TOOL.format(name=name, target=target))
-    command = [sys.executable, str(QUICKSTART / "export.py"), "baseline", "wide"]
+    stand_ins = {"PYTHONPATH": str(tmp_path)}
 
     def call():
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = launch.real(0, QUICKSTART / "export.py", "baseline", "wide", env=stand_ins, cwd=tmp_path)
         return done.returncode, done.stdout.splitlines()
 
     widen = "widen baseline/checkpoints baseline/one-segment --vwn-m 1 --vwn-n 1"

@@ -2,11 +2,9 @@
 
 import ast
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples" / "library"
@@ -31,12 +29,8 @@ assert not without, without
 
 
 def loss_of(*arguments):
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    # In a process as a user starts it: what the examples import, and in which order, is part of them.
+    done = launch.real(0, *arguments, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return float(done.stdout.split("loss ")[-1].split()[0])
 

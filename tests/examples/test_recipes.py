@@ -1,12 +1,11 @@
 """The quickstart's recipes: Megatron takes their flags, and each has runs of its own. Nothing is trained here."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import launch
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
@@ -15,7 +14,7 @@ import quickstart
 import recipes
 
 ACCEPT = """
-import json, os, sys
+import json, os, pathlib, sys
 from unittest import mock
 from megatron_vwn import cpu
 cpu.install()
@@ -23,7 +22,7 @@ from megatron_vwn.training import run
 from megatron_vwn.training.refusals import refuse
 refused = {}
 with mock.patch.object(refuse, "check_data"):  # there is none
-    for name, (ranks, flags) in json.load(sys.stdin).items():
+    for name, (ranks, flags) in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
         os.environ["WORLD_SIZE"] = str(ranks)
         try:
             run.Run.parse(flags, gpu=False).check()
@@ -38,20 +37,17 @@ MACHINES = {
 }
 
 
-def test_megatron_accepts_every_recipe():
+def test_megatron_accepts_every_recipe(tmp_path):
     commands = {}
     for name, recipe in recipes.RECIPES.items():
         for where, machine in MACHINES.items():
             flags = recipes.megatron_flags(recipe, machine, "data", "index")
             commands[f"{name} on {where}"] = machine.ranks, flags
             commands[f"{name} on {where}, wide"] = machine.ranks, [*flags, *recipe.virtual_width.split()]
-    done = subprocess.run(
-        [sys.executable, "-c", ACCEPT],
-        env=os.environ | {"RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""},
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-    )
+    script, given = tmp_path / "accept.py", tmp_path / "commands.json"
+    script.write_text(ACCEPT)
+    given.write_text(json.dumps(commands))
+    done = launch.session(0, script, given, env={"RANK": "0", "LOCAL_RANK": "0"} | launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {}
 

@@ -1,11 +1,9 @@
 """The paper's recipes are the models that they say, in every stage of the layout that they say."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 from megatron_vwn.recipes.recipe import load_recipe, recipe_names
@@ -23,12 +21,7 @@ PAPER = {
 
 @pytest.fixture(scope="module")
 def built():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(__file__).with_name("session_recipes.py")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(0, Path(__file__).with_name("session_recipes.py"), env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

@@ -1,10 +1,8 @@
 """Whole models against Megatron's: the tensors of its checkpoint, mapped, give its logits."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from hf.cases import HALF, MODELS
@@ -21,13 +19,7 @@ NEAR_TIES = 2  # of 48 tokens, whose choice of experts differs after rounding; e
 @pytest.fixture(scope="session")
 def megatron(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / "megatron.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    run = subprocess.run(
-        [*command, HERE / "session.py", path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
+    run = launch.session(1, HERE / "session.py", path)
     assert run.returncode == 0, run.stderr[-6000:]
     return torch.load(path)
 

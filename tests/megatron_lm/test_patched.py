@@ -4,11 +4,9 @@ The tree is the installed package; its entry script stands for Megatron-LM's, se
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 from megatron_lm.patched_tree import FLAGS, WIDE, losses, whole_tree
 
@@ -20,33 +18,20 @@ TOKENS = 8 * 32
 MIB = 2**20
 
 
-def torchrun(*command: object, path: Path, log: Path) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{path}:{HERE.parent}",
-        "PYTHONWARNINGS": "ignore",
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen([*launcher, *command], env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
-
-
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """The patched tree, what its two ranks found, and the log of the plugin's own entry point."""
+    """The patched tree, what its two ranks found, and what the plugin's own entry point printed."""
     folder = tmp_path_factory.mktemp("patched")
     tree = folder / "Megatron-LM"
     tree.mkdir()
     assert apply_patches.main([str(whole_tree(tree))]) == 0
-    logs = patched, plugin = folder / "patched.log", folder / "plugin.log"
-    runs = [
-        torchrun(HERE / "session_patched.py", tree, folder, path=tree, log=patched),
-        torchrun("-m", "megatron_vwn.training.pretrain", *FLAGS, *WIDE, path=HERE.parent, log=plugin),
-    ]
-    for run, log in zip(runs, logs, strict=True):
-        assert run.wait() == 0, log.read_text()[-6000:]
-    return tree, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], plugin.read_text()
+    # Real processes, which import the patched Megatron.
+    patched_first = {"PYTHONPATH": f"{tree}:{HERE.parent}"} | launch.WITHOUT_GPU
+    patched = launch.real(2, HERE / "session_patched.py", tree, folder, env=patched_first)
+    assert patched.returncode == 0, patched.stdout[-2000:] + patched.stderr[-4000:]
+    plugin = launch.session(2, "-m", "megatron_vwn.training.pretrain", *FLAGS, *WIDE, env=launch.WITHOUT_GPU)
+    assert plugin.returncode == 0, plugin.stdout[-2000:] + plugin.stderr[-4000:]
+    return tree, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], plugin.stdout
 
 
 def test_patched_entry_trains_what_the_plugin_trains(session):

@@ -1,12 +1,10 @@
 """Kinds of attention in the local backend: a fresh VWN computes the baseline, and the kinds are what they say."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import pytest
 
 from megatron_vwn.config import VirtualWidthError
@@ -21,13 +19,7 @@ TOLERANCE = dict.fromkeys(FAMILIES, 1e-5) | {"gated delta net": 1e-4}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     results = tmp_path_factory.mktemp("families") / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, TESTS / "modules" / "session_families.py", results],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(1, TESTS / "modules" / "session_families.py", results, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(results.read_text())
 

@@ -1,11 +1,9 @@
 """The norm of a sublayer's input in the read of its connection: the model is the one with the norm in the layer."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 TESTS = Path(__file__).parents[1]
@@ -14,13 +12,8 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     results = tmp_path_factory.mktemp("input_norm") / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, TESTS / "modules" / "session_input_norm.py", results],
-        env={**os.environ, **environment, "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
+    done = launch.session(
+        2, TESTS / "modules" / "session_input_norm.py", results, env=launch.WITHOUT_GPU | launch.INTERPRETED
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(results.read_text())

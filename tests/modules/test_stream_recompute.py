@@ -1,12 +1,10 @@
 """Stream recompute: the same gradients to the bit, with as many states in memory as its formula says."""
 
 import json
-import os
-import subprocess
-import sys
 from math import ceil
 from pathlib import Path
 
+import launch
 import pytest
 
 TESTS = Path(__file__).parents[1]
@@ -46,13 +44,7 @@ CONNECTIONS, TOKENS, D = 7, 7, 32
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     results = tmp_path_factory.mktemp("stream_recompute") / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, TESTS / "modules" / "session_stream_recompute.py", results],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(1, TESTS / "modules" / "session_stream_recompute.py", results, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(results.read_text())
 

@@ -1,11 +1,9 @@
 """The parallel checks, run once under torchrun (see session.py) and reported one by one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 from parallel.cases import CHECKS, RANKS
 
@@ -16,13 +14,7 @@ HERE = Path(__file__).parent
 def outcomes(tmp_path_factory, request):
     report = tmp_path_factory.mktemp("parallel") / "report.jsonl"
     wanted = [item.callspec.params["name"] for item in request.session.items if item.function.__name__ == "test_check"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    run = subprocess.run(
-        [*command, HERE / "session.py", report, *wanted],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
+    run = launch.session(RANKS, HERE / "session.py", report, *wanted)
     lines = report.read_text().splitlines() if report.exists() else []
     done = {entry["check"]: entry for entry in map(json.loads, lines)}
     return done, f"session ended with {run.returncode}\n{run.stderr[-6000:]}"

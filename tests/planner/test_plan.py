@@ -1,11 +1,9 @@
 """The planner against models that are built, measured and timed; see session_plan.py for what is compared."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 from megatron_vwn.planner import __main__ as plan
@@ -17,12 +15,7 @@ SESSION = Path(__file__).with_name("session_plan.py")
 
 @pytest.fixture(scope="module")
 def answers():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", SESSION],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = launch.session(0, SESSION)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -155,12 +148,7 @@ def test_refusals_are_one_sentence(capsys, argv, sentence):
 
 def test_a_plan_is_printed_and_written(tmp_path):
     words = ["megatron_vwn.planner", "moe-0.4b-4b", "--gpus", "32", "--hardware", "h200", "--top", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", *words, "--json", tmp_path / "plan.json", "--memory-gb", "20"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = launch.session(0, "-m", *words, "--json", tmp_path / "plan.json", "--memory-gb", "20")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
     assert f"{written['parameters']['total']:,} in all" in done.stdout

@@ -4,9 +4,8 @@ import csv
 import html
 import json
 import math
-import subprocess
-import sys
 
+import launch
 import numpy as np
 import pytest
 from study.event_files import STEPS, TOKENS, falling, megatron_arguments, write_run
@@ -272,7 +271,7 @@ def test_folders_that_make_no_report_are_refused(tmp_path, capsys):
 
 def test_a_report_without_its_extra_says_what_to_install(tmp_path):
     program = "import sys; sys.modules['scipy'] = None; from megatron_vwn.study.__main__ import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", program, "report", tmp_path], capture_output=True, text=True)
+    done = launch.real(0, "-c", program, "report", tmp_path)
     assert (
         done.returncode == 2 and done.stderr == "vwn-study: a report needs scipy: pip install 'megatron_vwn[study]'.\n"
     )

@@ -1,9 +1,6 @@
 """The entry point trains other kinds of attention: flags that Megatron reads, in layouts that cut the model."""
 
-import os
-import subprocess
-import sys
-
+import launch
 from torch.distributed.checkpoint import FileSystemReader
 
 FLAGS = """
@@ -22,12 +19,15 @@ GROUPED = "--hybrid-layer-pattern *-|*- --pipeline-model-parallel-size 2 --group
 
 def train(flags, folder):
     """Losses of three steps on two ranks, and the shapes of the tensors in the checkpoint after them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *flags.split(), "--save", folder],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
+    done = launch.session(
+        2,
+        "-m",
+        "megatron_vwn.training.pretrain",
+        *FLAGS.split(),
+        *flags.split(),
+        "--save",
+        folder,
+        env=launch.WITHOUT_GPU,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     losses = [float(line.split("lm loss:")[1].split("|")[0]) for line in done.stdout.splitlines() if "lm loss:" in line]

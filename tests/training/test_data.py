@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -48,13 +48,8 @@ def ranks(corpus, tmp_path_factory):
         "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion",
     ]
     # fmt: on
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, Path(__file__).parent / "session_data.py", folder, f"{corpus}_train", f"{other}_train", *flags],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    script = Path(__file__).parent / "session_data.py"
+    done = launch.session(2, script, folder, f"{corpus}_train", f"{other}_train", *flags, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

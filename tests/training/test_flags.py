@@ -1,10 +1,9 @@
 """One tiny run with many of Megatron's flags about optimizer, gradients, batches, logs and files, all at once."""
 
 import math
-import os
 import re
-import subprocess
-import sys
+
+import launch
 
 # Two uneven pipeline stages, two data-parallel ranks that share the experts between them.
 FLAGS = """
@@ -30,13 +29,7 @@ FLAGS = """
 def test_a_run_with_many_flags(tmp_path):
     folders = ["--save", tmp_path / "run", "--tensorboard-dir", tmp_path / "events"]
     folders += ["--moe-routing-trace-path", tmp_path / "routes"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [*command, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *folders],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(4, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *folders, env=launch.WITHOUT_GPU)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     losses = [float(loss) for loss in re.findall(r"iteration +\d+/ +4 .*lm loss: (\S+)", log)]

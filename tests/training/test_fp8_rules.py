@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import launch
 import pytest
-from training.test_refusals import ENVIRONMENT, MOCK, MODEL, WIDE, assert_no_traceback_of_ours, sentences
+from training.test_refusals import MOCK, MODEL, WIDE, assert_no_traceback_of_ours, sentences
 
 ROOT = Path(__file__).parents[2]
 HOPPER, ADA, AMPERE, BLACKWELL = (9, 0), (8, 9), (8, 0), (10, 0)
@@ -58,12 +58,7 @@ def answers(tmp_path_factory):
     }
     (folder / "cases.json").write_text(json.dumps(cases))
     session = Path(__file__).parent / "session_fp8_rules.py"
-    done = subprocess.run(
-        [sys.executable, session, folder / "cases.json", folder / "results.json"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
 
@@ -79,12 +74,8 @@ def test_fp8_is_refused_where_it_cannot_run(answers, number):
 
 
 def test_a_run_in_fp8_on_this_machine_says_one_sentence():
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_vwn.training.pretrain", *MODEL, *MOCK, *WIDE, *FP8.split()],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    flags = [*MODEL, *MOCK, *WIDE, *FP8.split()]
+    done = launch.session(0, "-m", "megatron_vwn.training.pretrain", *flags, env=launch.WITHOUT_GPU)
     assert done.returncode == 2, done.stderr[-2000:]
     missing = "GPU of compute capability" if find_spec("transformer_engine") else "Transformer Engine"
     assert len(sentences(done)) == 1 and "--fp8-" in sentences(done)[0] and missing in sentences(done)[0]
@@ -95,7 +86,7 @@ def test_a_recipe_in_fp8_is_refused_before_any_process_starts(tmp_path):
     command = ["bash", ROOT / "examples" / "launch" / "torchrun.sh", "moe-0.4b-4b", "--shrink", "64", "nodes=1"]
     done = subprocess.run(
         [*command, "gpus-per-node=1", "expert-model-parallel-size=1", "fp8-format=hybrid", "fp8-recipe=tensorwise"],
-        env=ENVIRONMENT,
+        env=launch.environment(**launch.WITHOUT_GPU),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,9 +1,6 @@
 """Fifty steps of training with the fused kernels follow those with torch operations."""
 
-import os
-import subprocess
-import sys
-
+import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 50
@@ -19,19 +16,9 @@ FLAGS = f"""
 
 
 def train(folder, *further):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), "--tensorboard-dir", folder, *further],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "TRITON_INTERPRET": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-    )
+    flags = [*FLAGS.split(), "--tensorboard-dir", folder, *further]
+    env = launch.WITHOUT_GPU | launch.INTERPRETED
+    done = launch.session(1, "-m", "megatron_vwn.training.pretrain", *flags, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     events = EventAccumulator(str(folder)).Reload()
     return done.stdout, [event.value for event in events.Scalars("lm loss")]

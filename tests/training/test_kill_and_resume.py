@@ -1,11 +1,10 @@
 """A run whose ranks are all killed goes on from its checkpoint as if nothing had happened, bit for bit."""
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,23 +24,19 @@ FLAGS = """
 """
 
 
+def program(folder: Path) -> list:
+    flags = [*FLAGS.split(), "--train-iters", ITERATIONS, "--save-interval", SAVE_INTERVAL]
+    checkpoints = folder / "checkpoints"
+    folders = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", folder / "events"]
+    return ["-m", "megatron_vwn.training.pretrain", *flags, *folders]
+
+
 def start(folder: Path, log: Path, *further: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *further]
-    command += ["--train-iters", str(ITERATIONS), "--save-interval", str(SAVE_INTERVAL)]
-    command += [
-        "--save",
-        folder / "checkpoints",
-        "--load",
-        folder / "checkpoints",
-        "--tensorboard-dir",
-        folder / "events",
-    ]
     return subprocess.Popen(
-        command,
+        launch.command(2, *program(folder), *further),
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env=launch.environment(),
     )
 
 
@@ -68,7 +63,8 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    finish(start(whole, whole / "log"), whole / "log")
+    done = launch.session(2, *program(whole))
+    assert done.returncode == 0, done.stderr[-4000:]
     expected = losses(whole)
     assert sorted(expected) == list(range(1, ITERATIONS + 1))
 

@@ -1,11 +1,9 @@
 """What monitoring finds in parallel layouts, and for routing whose answer is known."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from parallel.cases import FULL_RECOMPUTE, NGRAMS, PP2, PP2_VPP2, RANKS, SELECTIVE, TP2, TP2_SP, Case, Layout, stream
@@ -58,19 +56,7 @@ LAYOUTS: dict[str, tuple[Layout, Case, bool]] = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     report = tmp_path_factory.mktemp("monitoring") / "report.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    run = subprocess.run(
-        [*command, TESTS / "training" / "session_monitoring.py", report],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(TESTS),
-            "PYTHONWARNINGS": "ignore",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-    )
+    run = launch.session(RANKS, TESTS / "training" / "session_monitoring.py", report, env=launch.WITHOUT_GPU)
     lines = report.read_text().splitlines() if report.exists() else []
     return {e["check"]: e for e in map(json.loads, lines)}, f"ended with {run.returncode}\n{run.stderr[-6000:]}"
 

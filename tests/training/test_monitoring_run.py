@@ -1,9 +1,6 @@
 """The event files of a real run in two pipeline stages, and the same run without monitoring."""
 
-import os
-import subprocess
-import sys
-
+import launch
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -49,25 +46,18 @@ PLACES = ["layer_001", "layer_002", "layer_003", "layer_004", "mtp_1_layer_001",
 WITHOUT_WINDOW = "layer_001", "mtp_1_layer_001"
 
 
-def start(folder, *further):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), "--tensorboard-dir", folder, *further],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def train(folder, *further):
+    flags = [*FLAGS.split(), "--tensorboard-dir", folder, *further]
+    done = launch.session(2, "-m", "megatron_vwn.training.pretrain", *flags, env=launch.WITHOUT_GPU)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Events of the monitored run and of the other, trained at the same time."""
+    """Events of the monitored run and of the other."""
     folders = [tmp_path_factory.mktemp(name) for name in ("monitored", "plain")]
-    started = [start(folders[0], "--vwn-log-interval", str(INTERVAL)), start(folders[1])]
-    for process in started:
-        said, _ = process.communicate()
-        assert process.returncode == 0, said[-6000:]
+    train(folders[0], "--vwn-log-interval", INTERVAL)
+    train(folders[1])
     everything = {"scalars": 0, "images": 0, "histograms": 0}
     return [EventAccumulator(str(folder), size_guidance=everything).Reload() for folder in folders]
 

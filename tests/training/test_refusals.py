@@ -1,14 +1,12 @@
 """What the entry point refuses: one process prepares all command lines, and a few launches check exit codes."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -26,7 +24,7 @@ MODEL = [
 MOCK = ["--mock-data"]
 WIDE = ["--vwn-m", "2", "--vwn-n", "6"]
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method"]
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+PROGRAM = ["-m", "megatron_vwn.training.pretrain"]
 
 FOLDERS = [
     "--save",
@@ -188,14 +186,6 @@ ACCEPTED = {
 }
 
 
-def launch(*flags, ranks):
-    """Run the entry point under torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*launcher, "-m", "megatron_vwn.training.pretrain", *flags], env=ENVIRONMENT, capture_output=True, text=True
-    )
-
-
 def sentences(done):
     """The lines of stderr that the entry point wrote (the emulation's line comes from megatron_vwn.cpu)."""
     return [line for line in done.stderr.splitlines() if line.startswith("megatron_vwn: ")]
@@ -211,7 +201,8 @@ def checkpoint(tmp_path_factory):
     """Folder of a checkpoint from two pipeline stages that exchanged over-width states."""
     folder = tmp_path_factory.mktemp("checkpoint") / "wide"
     stages = ["--hybrid-layer-pattern", "*-|*-", "--pipeline-model-parallel-size", "2"]
-    done = launch(*MODEL, *MOCK, *WIDE, *stages, "--save", str(folder), "--save-interval", "1", ranks=2)
+    flags = [*MODEL, *MOCK, *WIDE, *stages, "--save", folder, "--save-interval", "1"]
+    done = launch.session(2, *PROGRAM, *flags, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr
     assert "lm loss" in done.stdout + done.stderr
     return folder
@@ -272,12 +263,7 @@ def prepared(checkpoint, tmp_path_factory):
         argv[f"{flag} is to be made"] = [*run, *WIDE, "--save-interval", "1", flag, str(folder / "new" / "folder")]
     (folder / "cases.json").write_text(json.dumps({"argv": argv, "model": run}))
     session = Path(__file__).parent / "session_refusals.py"
-    done = subprocess.run(
-        [sys.executable, session, folder / "cases.json", folder / "results.json"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -390,7 +376,7 @@ def test_both_models_start_from_the_same_backbone(prepared, embedding):
 
 
 def test_a_refused_launch_says_one_sentence_and_fails():
-    done = launch(*MODEL, *MOCK, "--vwn-m", "4", "--vwn-n", "2", ranks=2)
+    done = launch.real(2, *PROGRAM, *MODEL, *MOCK, "--vwn-m", "4", "--vwn-n", "2", env=launch.WITHOUT_GPU)
     assert done.returncode != 0
     assert len(sentences(done)) == 1 and "--vwn-n 2 is smaller than --vwn-m 4" in sentences(done)[0]
     assert "exitcode  : 2" in done.stderr
@@ -411,9 +397,7 @@ def test_data_that_was_cut_short_is_refused_before_training(tmp_path):
         "--tensorboard-dir",
         str(tmp_path / "events"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_vwn.training.pretrain", *argv], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = launch.session(0, *PROGRAM, *argv, env=launch.WITHOUT_GPU)
     assert done.returncode == 2
     assert len(sentences(done)) == 1 and "text.idx is cut short" in sentences(done)[0]
     assert_no_traceback_of_ours(done)

@@ -1,9 +1,7 @@
 """Pipeline ranks without experts, and which routers have losses that Megatron logs. How stages are cut is compared with
 Megatron itself in test_refusals.py."""
 
-import subprocess
-import sys
-
+import launch
 import pytest
 
 from megatron_vwn.training.refusals.stages import logs_router_losses, rank_without_experts, stages_of_ranks
@@ -51,5 +49,5 @@ def test_which_routers_have_losses_that_are_logged(balancing, coefficients, z_lo
 
 def test_it_needs_neither_torch_nor_megatron():
     code = "import sys, megatron_vwn.training.refusals.stages; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = launch.real(0, "-c", code)
     assert done.stdout == "[]\n", done.stderr
