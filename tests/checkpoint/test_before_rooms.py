@@ -5,12 +5,10 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,7 +25,6 @@ FLAGS = """
     --tokenizer-type NullTokenizer --vocab-size 31 --make-vocab-size-divisible-by 8 --log-interval 1 --seed 7
     --attention-dropout 0 --hidden-dropout 0 --no-load-rng
 """
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +36,8 @@ def saved(tmp_path_factory):
 
 
 def test_a_checkpoint_trains_on(saved, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += ["-m", "megatron_vwn.training.pretrain", *FLAGS.split(), "--load", saved / "ckpt"]
-    done = subprocess.run(
-        [*command, "--tensorboard-dir", tmp_path], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
-    )
+    command = ["-m", "megatron_vwn.training.pretrain", *FLAGS.split(), "--load", saved / "ckpt"]
+    done = launch.session(1, *command, "--tensorboard-dir", tmp_path, env=launch.WITHOUT_GPU, cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     events = EventAccumulator(str(tmp_path))
     events.Reload()

@@ -1,12 +1,10 @@
 """A conversion holds a few tensors, not the checkpoint."""
 
 import argparse
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -51,12 +49,7 @@ def large(tmp_path):
 def test_peak(large):
     size = sum(path.stat().st_size for path in (large / "megatron").rglob("*"))
     assert size > 2 * ALLOWED  # all of it in memory at once would show
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("session_memory.py"), large],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    run = launch.real(0, Path(__file__).with_name("session_memory.py"), large)
     assert run.returncode == 0, run.stderr[-3000:]
     there, back = map(int, run.stdout.split("grown")[1].split())
     assert max(there, back) <= ALLOWED, (there / LARGEST, back / LARGEST)

@@ -1,18 +1,13 @@
 """megatron_vwn.cpu.install() in one process; every case is a subprocess, so that pytest keeps an unchanged torch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+import launch
 
 
 def python(*arguments):
     """Run Python as rank 0 where no GPU can be seen; it has to succeed."""
-    done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | WITHOUT_GPU | {"RANK": "0"}, capture_output=True, text=True
-    )
+    done = launch.real(0, *arguments, env=launch.WITHOUT_GPU | {"RANK": "0"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

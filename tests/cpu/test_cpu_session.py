@@ -1,11 +1,9 @@
 """Megatron on two emulated GPUs: one torchrun session (session_cpu.py) that all tests of this file read."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 
 RESUMES = [
@@ -17,15 +15,9 @@ RESUMES = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of ranks 0 and 1. --standalone picks a free port, so that sessions do not collide."""
+    """Results of ranks 0 and 1."""
     folder = tmp_path_factory.mktemp("session")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, Path(__file__).parent / "session_cpu.py", folder],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.real(2, Path(__file__).parent / "session_cpu.py", folder, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("megatron_vwn.cpu:") == 1  # rank 0 alone says that the emulation is active
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]

@@ -1,11 +1,10 @@
 """What only GPUs can show. Without one every test here is skipped and says so."""
 
-import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -19,14 +18,7 @@ needs_transformer_engine = pytest.mark.skipif(
 
 
 def torchrun(ranks: int, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TESTS),
-        "PYTHONWARNINGS": "ignore",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    }
-    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    return launch.real(ranks, *arguments, env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
 
 
 @pytest.mark.skipif(GPUS < 2, reason="context parallelism needs two GPUs")

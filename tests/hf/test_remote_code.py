@@ -1,11 +1,9 @@
 """A checkpoint with the two files of code next to it works where this package is not installed."""
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import torch
 from hf.test_model import PROMPT, build, greedy
 
@@ -26,12 +24,10 @@ def test_a_folder_alone(tmp_path):
             "generated": greedy(model, PROMPT, 8, attention_mask=torch.ones_like(PROMPT)),
         }
     torch.save(want, tmp_path / "want.pt")
-    run = subprocess.run(
-        [sys.executable, Path(__file__).parent / "remote.py", "model", "again", "want.pt"],
+    run = launch.real(
+        *(0, Path(__file__).parent / "remote.py", "model", "again", "want.pt"),
+        env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
     )
     assert run.returncode == 0 and run.stdout.endswith("same\n"), run.stdout + run.stderr[-6000:]
 

@@ -5,12 +5,10 @@ Only their forward pass needs a GPU (``tests/gpu``).
 
 import json
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import launch
 import pytest
 
 TESTS = Path(__file__).parents[1]
@@ -60,14 +58,8 @@ def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transformer_engine")
     wanted = {name: entry[:2] for name, entry in PATTERNS.items() if not missing(name)}
     (folder / "patterns.json").write_text(json.dumps(wanted))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     session = TESTS / "modules" / "session_transformer_engine.py"
-    done = subprocess.run(
-        [*command, session, folder / "patterns.json", folder / "results.json"],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-    )
+    done = launch.real(1, session, folder / "patterns.json", folder / "results.json", env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
 

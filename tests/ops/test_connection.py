@@ -1,10 +1,6 @@
 """The public connection of plain torch: output, every gradient by name, and what it refuses."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import launch
 import pytest
 import torch
 from ops.connections import KINDS, connection, gradients, leaves, state_and_output
@@ -138,12 +134,8 @@ def check_kernels(device, kernels):
 
 def test_by_the_kernels_in_the_interpreter():
     """In a process of its own: importing Triton decides what is interpreted."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from ops.test_connection import check_kernels; check_kernels('cpu', 'triton')"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    code = "from ops.test_connection import check_kernels; check_kernels('cpu', 'triton')"
+    done = launch.real(0, "-c", code, env=launch.INTERPRETED)
     assert done.returncode == 0, done.stderr
 
 
