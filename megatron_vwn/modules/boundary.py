@@ -22,7 +22,7 @@ class Arrival:
     Attributes:
         connection: the sublayer's.
         state: this rank's over-width state [s, b, N * E] that it read.
-        x: its input [s, b, D] in the backbone's dtype, normalised where ``Connection.normalizes_input``.
+        x: its input [s, b, D] in the backbone's dtype, normalised where the plan says so.
         coefficients: what ``Connection.read`` returned for ``Connection.write``.
         place: the sublayer's place for stream recompute; None without.
         x_by_read: whether x was read by itself, rather than together with the write before.
@@ -38,13 +38,13 @@ class Arrival:
     def norm_done(self) -> AbstractContextManager:
         """For the stock layer: its norm is skipped inside, if the read did it."""
         connection = self.connection
-        return connection.input_norm.done() if connection.normalizes_input(self.state) else nullcontext()
+        return connection.input_norm.done() if connection.plan(self.state).normalizes_input else nullcontext()
 
     def leave(self, output: Tensor, *, wait: bool) -> "Tensor | PendingWrite":
         """Write the sublayer's output [s, b, D], or leave that to the next sublayer if it may wait and a kernel does
         both."""
         write = PendingWrite(self, self.connection.share(output))
-        return write if wait and self.connection.fuses_write_read(self.state) else write.finish()
+        return write if wait and self.connection.plan(self.state).fuses_write_read else write.finish()
 
 
 class PendingWrite:

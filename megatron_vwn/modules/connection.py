@@ -1,5 +1,6 @@
 """Generalized Hyper-Connection: what replaces the residual connection of one sublayer."""
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -8,8 +9,6 @@ from megatron_vwn import ops
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.norm import SharedNorm
 from megatron_vwn.modules.stream_module import PartitionedModule
-from megatron_vwn.ops import eager
-from megatron_vwn.ops.eager import recomputed
 
 
 class Connection(PartitionedModule):
@@ -38,8 +37,7 @@ class Connection(PartitionedModule):
         super().__init__(config, virtual_width, pg_collection)
         self.input_norm = input_norm
         self.num_coefficients = 2 * virtual_width.m + virtual_width.num_carry
-        # Handles in place of states save nothing while the stages keep copies of them for themselves.
-        self._composed = eager if virtual_width.recompute_block is None else recomputed
+        self._plans: dict[tuple[torch.dtype, bool], ops.Plan] = {}
         self.add_parameter("routing", virtual_width.n * self.num_coefficients)
         if virtual_width.dynamic:
             self.add_parameter("scale", virtual_width.n * self.num_coefficients)
@@ -50,7 +48,8 @@ class Connection(PartitionedModule):
         """The parameters as ops/ takes them.
 
         Called as a module, because that is where Megatron's data parallelism waits for parameters that are still being
-        gathered (--overlap-param-gather); read directly, they would be those of the step before.
+        gathered (--overlap-param-gather); read directly, they would be those of the step before. It does not compute,
+        because a ``write_read`` wants the parameters of two connections and a norm, each from its own module's call.
         """
         vw, k = self.virtual_width, self.num_coefficients
         return ops.ConnectionParameters(
@@ -67,6 +66,18 @@ class Connection(PartitionedModule):
             kernels=vw.kernels,
         )
 
+    def plan(self, hidden_states: Tensor) -> ops.Plan:
+        """What computes this connection; decided when the first state of this dtype and kind of device arrives."""
+        key = hidden_states.dtype, hidden_states.is_cuda
+        if key not in self._plans:
+            p = self()
+            # No kernel takes a share of the channels.
+            plan = ops.composed(p) if self.partition.splits_width else ops.plan(self.segments(hidden_states), p)
+            if self.input_norm is None:
+                plan = plan._replace(normalizes_input=False)
+            self._plans[key] = plan
+        return self._plans[key]
+
     def read(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sublayer's input.
 
@@ -74,21 +85,19 @@ class Connection(PartitionedModule):
             hidden_states: this rank's over-width state [s, b, N * E].
 
         Returns:
-            The input [s, b, D] in the state's dtype, or its norm where ``normalizes_input``, and what ``write`` wants
+            The input [s, b, D] in the state's dtype, or its norm where the plan says so, and what ``write`` wants
             back: under the width partition the carry and write deviations, whose sums over ranks came with those of
             the read; else None.
         """
-        h_TNE = self.segments(hidden_states)
-        p = self()
+        h_TNE, plan = self.segments(hidden_states), self.plan(hidden_states)
+        p, compute = self(), plan.implementation
         shape = (*hidden_states.shape[:-1], self.config.hidden_size)
         if not self.partition.splits_width:
-            return ops.read(h_TNE, p, self._norm_of(h_TNE, p)).view(shape), None
+            return compute.read(h_TNE, p, self.input_norm() if plan.normalizes_input else None).view(shape), None
         everything = slice(0, self.num_coefficients)
-        sums_TNK = self.partition.sum_over_channels(self._composed.project(h_TNE, p, everything)) if p.dynamic else None
-        deviation_TNK = self.partition.complete_gradient(
-            self._composed.deviations(sums_TNK, p, everything, self.segment_size)
-        )
-        x_TME = self._composed.mix_read(h_TNE, deviation_TNK[..., p.read_columns], p)
+        sums_TNK = self.partition.sum_over_channels(compute.project(h_TNE, p, everything)) if p.dynamic else None
+        deviation_TNK = self.partition.complete_gradient(compute.deviations(sums_TNK, p, everything, self.segment_size))
+        x_TME = compute.mix_read(h_TNE, deviation_TNK[..., p.read_columns], p)
         return self.partition.gather_channels(x_TME).reshape(shape), deviation_TNK[..., p.write_columns]
 
     def share(self, output: Tensor) -> Tensor:
@@ -111,28 +120,13 @@ class Connection(PartitionedModule):
             The next state [T, N, E] of this rank, in the dtype of hidden_states.
         """
         h_TNE = self.segments(hidden_states)
-        p = self()
+        p, compute = self(), self.plan(hidden_states).implementation
         if not self.partition.splits_width:
-            return ops.write(h_TNE, y, p)
-        return self._composed.mix_write(h_TNE, y, deviation_TNK, p)
-
-    def normalizes_input(self, hidden_states: Tensor) -> bool:
-        """Whether what ``read`` or a ``write_read`` returns for this sublayer has passed its norm."""
-        if self.input_norm is None or self.partition.splits_width:
-            return False
-        return ops.normalizes_input(self.segments(hidden_states), self())
-
-    def _norm_of(self, h_TNE: Tensor, p: ops.ConnectionParameters) -> ops.InputNorm | None:
-        return self.input_norm() if self.input_norm is not None and ops.normalizes_input(h_TNE, p) else None
-
-    def fuses_write_read(self, hidden_states: Tensor) -> bool:
-        """Whether a kernel does the write of this connection together with the read of the next one."""
-        if self.partition.splits_width:
-            return False
-        return ops.by_kernels(self.segments(hidden_states), self())
+            return compute.write(h_TNE, y, p)
+        return compute.mix_write(h_TNE, y, deviation_TNK, p)
 
     def write_read(self, hidden_states: Tensor, y: Tensor, following: "Connection") -> tuple[Tensor, Tensor]:
-        """This connection's write and the following one's read at once; only where ``fuses_write_read``.
+        """This connection's write and the following one's read at once; only where the plan says so.
 
         Args:
             hidden_states: the state that this connection read, [s, b, N * E].
@@ -140,8 +134,9 @@ class Connection(PartitionedModule):
             following: the connection of the next sublayer.
 
         Returns:
-            The next state [T, N, E] and the next sublayer's input [T, D], its norm where ``normalizes_input``.
+            The next state [T, N, E] and the next sublayer's input [T, D], its norm where ``following`` plans so.
         """
-        h_TNE = self.segments(hidden_states)
+        h_TNE, compute = self.segments(hidden_states), self.plan(hidden_states).implementation
         p_next = following()
-        return ops.write_read(h_TNE, y, self(), p_next, following._norm_of(h_TNE, p_next))
+        norm = following.input_norm() if following.plan(hidden_states).normalizes_input else None
+        return compute.write_read(h_TNE, y, self(), p_next, norm)

@@ -6,17 +6,18 @@
 below. ``connection`` makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``.
 """
 
-from megatron_vwn.ops.dispatch import by_kernels, group_norm, normalizes_input, read, why_not_kernels, write, write_read
+from megatron_vwn.ops.dispatch import Plan, composed, group_norm, plan, read, why_not_kernels, write, write_read
 from megatron_vwn.ops.eager import average_copies, tile
 from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
 
 __all__ = [
     "ConnectionParameters",
     "InputNorm",
+    "Plan",
     "average_copies",
-    "by_kernels",
+    "composed",
     "group_norm",
-    "normalizes_input",
+    "plan",
     "read",
     "tile",
     "why_not_kernels",

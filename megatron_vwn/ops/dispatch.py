@@ -6,6 +6,7 @@ Both keep to ``ops.reference``; the tests of the kernels compare all of them.
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +18,38 @@ from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def by_kernels(h_TNE: Tensor, p: ConnectionParameters) -> bool:
-    """Whether the fused kernels compute for this state: on a GPU, or anywhere if asked for (Triton's interpreter)."""
-    if p.kernels == "torch" or not (h_TNE.is_cuda or p.kernels == "triton"):
-        return False
+class Plan(NamedTuple):
+    """What computes a connection.
+
+    Attributes:
+        implementation: has ``read``, ``write`` and ``write_read``: the kernels, ``eager`` or ``recomputed``.
+        normalizes_input: whether a read does the norm of the sublayer's input, rather than an operation of its own.
+        fuses_write_read: whether one kernel does a write together with the next read.
+    """
+
+    implementation: ModuleType | SimpleNamespace
+    normalizes_input: bool = False
+    fuses_write_read: bool = False
+
+
+def plan(h_TNE: Tensor, p: ConnectionParameters) -> Plan:
+    """Which implementation computes, by the dtype and the kind of device of the state and what p says besides its
+    tensors: the kernels compute on a GPU, or anywhere if asked for (Triton's interpreter)."""
+    wanted = p.kernels == "triton" or (p.kernels == "auto" and h_TNE.is_cuda)
     # Rows that pad a tile have no norm without an eps.
-    return h_TNE.dtype in _DTYPES and p.eps > 0 and why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is None
-
-
-def normalizes_input(h_TNE: Tensor, p: ConnectionParameters) -> bool:
-    """Whether the kernels normalise a sublayer's input while they read it, rather than an operation of its own."""
-    if not by_kernels(h_TNE, p):
-        return False
+    possible = wanted and h_TNE.dtype in _DTYPES and p.eps > 0
+    if not possible or why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is not None:
+        return composed(p)
+    # Imports Triton, which takes a second and is not everywhere.
+    from megatron_vwn.ops.kernels import autograd
     from megatron_vwn.ops.kernels.geometry import MAX_NORMED_SEGMENTS
 
-    return p.n <= MAX_NORMED_SEGMENTS
+    return Plan(autograd, normalizes_input=p.n <= MAX_NORMED_SEGMENTS, fuses_write_read=True)
+
+
+def composed(p: ConnectionParameters) -> Plan:
+    """The plan without kernels."""
+    return Plan(recomputed if p.recompute else eager)
 
 
 def why_not_kernels(n: int, *, doubly_stochastic: bool) -> str | None:
@@ -54,12 +72,12 @@ def _have_triton() -> bool:
 
 def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
     """X = A_read^T H, or its norm where one is given: the sublayer's input [T, D] in the dtype of h."""
-    return _implementation(h_TNE, p).read(h_TNE, p, input_norm)
+    return plan(h_TNE, p).implementation.read(h_TNE, p, input_norm)
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
     """H' = B^T Y + A_carry^T H: the next state [T, N, E] in the dtype of h."""
-    return _implementation(h_TNE, p).write(h_TNE, y_TD, p)
+    return plan(h_TNE, p).implementation.write(h_TNE, y_TD, p)
 
 
 def write_read(
@@ -71,7 +89,7 @@ def write_read(
 ) -> tuple[Tensor, Tensor]:
     """The write of one connection and the read of the next: H' [T, N, E] and X [T, D], or X's norm where one is given,
     in the dtype of h."""
-    return _implementation(h_TNE, p).write_read(h_TNE, y_TD, p, p_next, input_norm)
+    return plan(h_TNE, p).implementation.write_read(h_TNE, y_TD, p, p_next, input_norm)
 
 
 def group_norm(
@@ -90,12 +108,3 @@ def group_norm(
         if m * h_TNE.shape[-1] <= MAX_GROUP:
             return fused(h_TNE, weight_NE, m=m, eps=eps)
     return eager.group_norm(h_TNE, weight_NE, bias_NE, m=m, eps=eps, segment_size=h_TNE.shape[-1])
-
-
-def _implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType | SimpleNamespace:
-    if not by_kernels(h_TNE, p):
-        return recomputed if p.recompute else eager
-    # Imports Triton, which takes a second and is not everywhere.
-    from megatron_vwn.ops.kernels import autograd as connection
-
-    return connection

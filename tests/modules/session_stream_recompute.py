@@ -15,7 +15,7 @@ import weakref  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
-from unittest.mock import patch  # noqa: E402
+from unittest.mock import Mock, patch  # noqa: E402
 
 import torch  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -40,13 +40,11 @@ def trained(case: Case, fused: bool = False):
     """Loss and gradients of four micro-batches, blocks rebuilt on the way and fused boundaries passed."""
     session = harness.build(ALONE, case)
     harness.perturb(session)
-    with fused_write_read() if fused else nullcontext():
-        rebuild, write_read = Block._rebuild, ops.write_read
-        with (
-            patch.object(Block, "_rebuild", autospec=True, side_effect=rebuild) as rebuilt,
-            patch.object(ops, "write_read", side_effect=write_read) as boundaries,
-        ):
-            loss = harness.forward_backward(session)
+    with (
+        fused_write_read() if fused else nullcontext(Mock()) as boundaries,
+        patch.object(Block, "_rebuild", autospec=True, side_effect=Block._rebuild) as rebuilt,
+    ):
+        loss = harness.forward_backward(session)
     gradients = {name: p.grad.clone() for name, p in session.parameters()}
     normed = [call.args[-1] is not None for call in boundaries.call_args_list]
     return loss, gradients, rebuilt.call_count, normed
@@ -146,7 +144,7 @@ class Row:
 
 def memory(size: int | None, fused: bool) -> dict[str, object]:
     """Storages of the size of H and of X and Y, kept by the forward pass, as each backward begins, and at the end."""
-    with fused_write_read() if fused else patch.multiple(ops, read=recomputed.read, write=recomputed.write):
+    with fused_write_read() if fused else patch.object(ops, "plan", lambda h, p: ops.Plan(recomputed)):
         row = Row(size)
         with Storages() as storages:
             loss = row.forward(storages).sum()

@@ -3,7 +3,8 @@ alone."""
 
 from contextlib import contextmanager
 from functools import partial
-from unittest.mock import patch
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
 from torch.utils.checkpoint import checkpoint
 
@@ -20,13 +21,10 @@ def _write_then_read(h_TNE, y_TD, p, following, input_norm=None):
 
 @contextmanager
 def fused_write_read():
-    """Inside, ``ops`` looks as it does where the kernels run."""
-    stand_ins = {
-        "read": recomputed.read,
-        "write": recomputed.write,
-        "write_read": partial(checkpoint, _write_then_read, use_reentrant=False, preserve_rng_state=False),
-        "by_kernels": lambda h_TNE, p: True,
-        "normalizes_input": lambda h_TNE, p: True,
-    }
-    with patch.multiple(ops, **stand_ins):
-        yield
+    """Inside, ``ops`` plans as it does where the kernels run; gives a mock that has seen every ``write_read``."""
+    write_read = partial(checkpoint, _write_then_read, use_reentrant=False, preserve_rng_state=False)
+    boundaries = Mock(side_effect=write_read)
+    stand_in = SimpleNamespace(read=recomputed.read, write=recomputed.write, write_read=boundaries)
+    plan = ops.Plan(stand_in, normalizes_input=True, fuses_write_read=True)
+    with patch.object(ops, "plan", lambda h_TNE, p: plan):
+        yield boundaries
