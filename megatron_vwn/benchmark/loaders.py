@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from megatron_vwn.atomic import write_json
 from megatron_vwn.benchmark import report as reports
 from megatron_vwn.benchmark.machine import device_name
 from megatron_vwn.cli import exit_code
@@ -117,7 +118,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     print(f"{device_name(device)}; {', '.join(f'{name} {value}' for name, value in content['settings'].items())}")
     header = ["loader", "workers", "Mtokens/s", "lowest to highest", "training process, CPU ms per micro-batch"]
     print(reports.table(header, [_row(result) for result in results]))
-    reports.write(path, content)
+    write_json(path, content)
     print(f"written to {path}")
     return 0
 
