@@ -4,7 +4,7 @@ alone."""
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 from torch.utils.checkpoint import checkpoint
 
@@ -21,10 +21,16 @@ def _write_then_read(h_TNE, y_TD, p, following, input_norm=None):
 
 @contextmanager
 def fused_write_read():
-    """Inside, ``ops`` plans as it does where the kernels run; gives a mock that has seen every ``write_read``."""
-    write_read = partial(checkpoint, _write_then_read, use_reentrant=False, preserve_rng_state=False)
-    boundaries = Mock(side_effect=write_read)
-    stand_in = SimpleNamespace(read=recomputed.read, write=recomputed.write, write_read=boundaries)
+    """Inside, ``ops`` plans as it does where the kernels run; gives a list that says of every ``write_read`` whether it
+    was given a norm."""
+    normed = []
+    rebuilding = partial(checkpoint, _write_then_read, use_reentrant=False, preserve_rng_state=False)
+
+    def write_read(h_TNE, y_TD, p, following, input_norm=None):
+        normed.append(input_norm is not None)
+        return rebuilding(h_TNE, y_TD, p, following, input_norm)
+
+    stand_in = SimpleNamespace(read=recomputed.read, write=recomputed.write, write_read=write_read)
     plan = ops.Plan(stand_in, normalizes_input=True, fuses_write_read=True)
     with patch.object(ops, "plan", lambda h_TNE, p: plan):
-        yield boundaries
+        yield normed
