@@ -7,7 +7,7 @@ STEPS = 50
 # One reading alone, three boundaries that a fused kernel crosses, a norm before the reduction; padded n and E.
 FLAGS = f"""
     --hybrid-layer-pattern *-*- --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
-    --seq-length 8 --max-position-embeddings 8 --position-embedding-type rope --normalization RMSNorm
+    --seq-length 4 --max-position-embeddings 4 --position-embedding-type rope --normalization RMSNorm
     --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
     --vwn-m 2 --vwn-n 6 --micro-batch-size 1 --global-batch-size 1 --train-iters {STEPS} --lr 3e-3 --adam-eps 1e-6
     --lr-decay-style cosine --eval-iters 0 --eval-interval 1000 --mock-data --tokenizer-type NullTokenizer
