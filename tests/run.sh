@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All tests, in the .venv that the quickstart uses too: bash tests/run.sh [--quick] [pytest arguments]
-# About half an hour on two CPU cores after the installation; --quick takes something from every room. What needs a GPU
+# About a quarter of an hour on two CPU cores after the installation; --quick takes a minute, from every room. What needs a GPU
 # or Transformer Engine is skipped without it, and the last line says how much that was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
