@@ -227,7 +227,8 @@ def _redirect(folder: Path) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    sys.stdout.reconfigure(line_buffering=True)
+    # Whole lines, also where PYTHONUNBUFFERED is set: ranks write into one file.
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)
 
 
 def _take_environment(request: dict, rank: int, port: int) -> None:

@@ -11,20 +11,25 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent / "before_rooms"
 EXPECTED = json.loads((HERE / "expected.json").read_text())
-FLAGS = """
-    --hybrid-layer-pattern *-*-/*- --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32 --seq-length 16
-    --max-position-embeddings 16 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --vwn-m 2 --vwn-n 4 --vwn-embedding projected --vwn-recompute-block 2
-    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --lr 1e-2 --lr-decay-style constant --train-iters 4
-    --micro-batch-size 2 --global-batch-size 4 --eval-iters 0 --eval-interval 100 --mock-data
-    --tokenizer-type NullTokenizer --vocab-size 31 --make-vocab-size-divisible-by 8 --log-interval 1 --seed 7
-    --attention-dropout 0 --hidden-dropout 0 --no-load-rng
-"""
+FLAGS = tiny(
+    "*-*-/*-",
+    "--swiglu --vwn-m 2 --vwn-n 4 --vwn-embedding projected --vwn-recompute-block 2 --use-distributed-optimizer "
+    "--dist-ckpt-optim-fully-reshardable --lr-decay-style constant --make-vocab-size-divisible-by 8 --seed 7 "
+    "--no-load-rng",
+    hidden_size=16,
+    num_attention_heads=2,
+    ffn_hidden_size=32,
+    seq_length=16,
+    train_iters=4,
+    eval_interval=100,
+    vocab_size=31,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def saved(tmp_path_factory):
 
 
 def test_a_checkpoint_trains_on(saved, tmp_path):
-    command = ["-m", "megatron_vwn.training.pretrain", *FLAGS.split(), "--load", saved / "ckpt"]
+    command = ["-m", "megatron_vwn.training.pretrain", *FLAGS, "--load", saved / "ckpt"]
     done = launch.session(1, *command, "--tensorboard-dir", tmp_path, env=launch.WITHOUT_GPU, cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     events = EventAccumulator(str(tmp_path))

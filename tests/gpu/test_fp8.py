@@ -5,17 +5,23 @@ from functools import cache
 import pytest
 import torch
 from gpu.test_gpu import GPUS, needs_transformer_engine, torchrun
+from models import tiny
 
 CAPABILITY = torch.cuda.get_device_capability() if GPUS else (0, 0)
 ITERATIONS = 100
-FLAGS = f"""
-    --hybrid-layer-pattern *-*-/*- --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512 --swiglu
-    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm
-    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-    --micro-batch-size 4 --global-batch-size 8 --lr 1e-3 --train-iters {ITERATIONS} --eval-iters 0 --eval-interval 1000
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --log-interval 1 --bf16 --use-distributed-optimizer
-    --vwn-m 2 --vwn-n 8 --vwn-embedding projected
-"""
+FLAGS = tiny(
+    "*-*-/*-",
+    "--bf16 --use-distributed-optimizer --swiglu --vwn-m 2 --vwn-n 8 --vwn-embedding projected",
+    hidden_size=256,
+    ffn_hidden_size=512,
+    seq_length=128,
+    micro_batch_size=4,
+    global_batch_size=8,
+    lr="1e-3",
+    train_iters=ITERATIONS,
+    eval_iters=0,
+    vocab_size=1023,
+)
 RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 pytestmark = [pytest.mark.skipif(GPUS == 0, reason="needs a GPU"), needs_transformer_engine]
@@ -24,7 +30,7 @@ pytestmark = [pytest.mark.skipif(GPUS == 0, reason="needs a GPU"), needs_transfo
 @cache
 def losses(flags: str = "") -> list[float]:
     """The trunk's loss in every iteration."""
-    run = torchrun(1, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *flags.split())
+    run = torchrun(1, "-m", "megatron_vwn.training.pretrain", *FLAGS, *flags.split())
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert "stays out of FP8" not in run.stdout + run.stderr
     found = [float(line.split("lm loss:")[1].split("|")[0]) for line in run.stdout.splitlines() if "lm loss:" in line]

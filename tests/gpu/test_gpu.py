@@ -7,6 +7,7 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from models import tiny
 
 TESTS = Path(__file__).parents[1]
 GPUS = torch.cuda.device_count()
@@ -56,18 +57,22 @@ def test_dynamic_batching_generates():
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
-FLAGS = """
-    --hybrid-layer-pattern *-*- --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512
-    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm
-    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-    --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 20 --eval-iters 1 --eval-interval 1000
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --log-interval 1 --bf16 --use-distributed-optimizer
-"""
+FLAGS = tiny(
+    "*-*-",
+    "--bf16 --use-distributed-optimizer",
+    hidden_size=256,
+    ffn_hidden_size=512,
+    seq_length=128,
+    lr="1e-3",
+    train_iters=20,
+    eval_iters=1,
+    vocab_size=1023,
+)
 
 
 @pytest.mark.parametrize("width", ["", "--vwn-m 2 --vwn-n 8"], ids=["baseline", "virtual width"])
 def test_one_gpu_trains_in_bf16(width):
-    run = torchrun(1, "-m", "megatron_vwn.training.pretrain", *FLAGS.split(), *width.split())
+    run = torchrun(1, "-m", "megatron_vwn.training.pretrain", *FLAGS, *width.split())
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert "emulated" not in run.stderr, "the CPU emulation is active on a machine with a GPU"
     losses = [float(line.split("lm loss:")[1].split("|")[0]) for line in run.stdout.splitlines() if "lm loss:" in line]

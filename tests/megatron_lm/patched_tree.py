@@ -11,21 +11,18 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from models import tiny
+
 PATCHES = Path(__file__).parents[2] / "patches" / "0.19"
 TARGETS = ("megatron/training/theoretical_memory_usage.py", "megatron/training/training.py", "pretrain_hybrid.py")
 CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 # What both entry points train: two stages, so that over-width states go from one to the other.
-# fmt: off
-FLAGS = [
-    "--hybrid-layer-pattern", "*-|*-", "--hidden-size", "32", "--num-attention-heads", "4", "--ffn-hidden-size", "64",
-    "--seq-length", "32", "--max-position-embeddings", "32", "--position-embedding-type", "rope",
-    "--normalization", "RMSNorm", "--disable-bias-linear", "--untie-embeddings-and-output-weights",
-    "--hidden-dropout", "0", "--attention-dropout", "0", "--pipeline-model-parallel-size", "2",
-    "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "2", "--lr", "1e-2",
-    "--eval-iters", "0", "--eval-interval", "1000", "--mock-data", "--tokenizer-type", "NullTokenizer",
-    "--vocab-size", "127", "--log-interval", "1", "--ckpt-format", "torch_dist",
-]
-# fmt: on
+FLAGS = tiny(
+    "*-|*-",
+    "--pipeline-model-parallel-size 2 --ckpt-format torch_dist",
+    global_batch_size=8,
+    train_iters=2,
+)
 WIDE = ["--vwn-m", "2", "--vwn-n", "4", "--vwn-ngrams", "2", "--vwn-ngram-vocab", "32"]
 # Between the pieces that the patch quotes. Data and loss are the plugin's, because the wheel has none.
 _BETWEEN = (

@@ -1,15 +1,17 @@
 """The entry point trains other kinds of attention: flags that Megatron reads, in layouts that cut the model."""
 
 import launch
+from models import tiny
 from torch.distributed.checkpoint import FileSystemReader
 
-FLAGS = """
-    --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 32 --max-position-embeddings 32
-    --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
-    --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --train-iters 3
-    --eval-iters 0 --eval-interval 100 --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --log-interval 1
-    --save-interval 3 --ckpt-format torch_dist --vwn-m 2 --vwn-n 6
-"""
+FLAGS = tiny(
+    None,
+    "--vwn-m 2 --vwn-n 6 --save-interval 3 --ckpt-format torch_dist",
+    hidden_size=64,
+    train_iters=3,
+    eval_interval=100,
+    vocab_size=255,
+)
 LATENT = """
     --hybrid-layer-pattern +-+- --multi-latent-attention --q-lora-rank 16 --kv-lora-rank 12 --qk-head-dim 8
     --qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm --tensor-model-parallel-size 2 --sequence-parallel
@@ -23,7 +25,7 @@ def train(flags, folder):
         2,
         "-m",
         "megatron_vwn.training.pretrain",
-        *FLAGS.split(),
+        *FLAGS,
         *flags.split(),
         "--save",
         folder,

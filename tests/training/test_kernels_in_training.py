@@ -1,22 +1,25 @@
 """Fifty steps of training with the fused kernels follow those with torch operations."""
 
 import launch
+from models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 50
 # One reading alone, three boundaries that a fused kernel crosses, a norm before the reduction; padded n and E.
-FLAGS = f"""
-    --hybrid-layer-pattern *-*- --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
-    --seq-length 4 --max-position-embeddings 4 --position-embedding-type rope --normalization RMSNorm
-    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-    --vwn-m 2 --vwn-n 6 --micro-batch-size 1 --global-batch-size 1 --train-iters {STEPS} --lr 3e-3 --adam-eps 1e-6
-    --lr-decay-style cosine --eval-iters 0 --eval-interval 1000 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 127 --log-interval 1 --tensorboard-log-interval 1
-"""
+FLAGS = tiny(
+    "*-*-",
+    "--vwn-m 2 --vwn-n 6 --adam-eps 1e-6 --lr-decay-style cosine --tensorboard-log-interval 1",
+    hidden_size=48,
+    seq_length=4,
+    micro_batch_size=1,
+    global_batch_size=1,
+    train_iters=STEPS,
+    lr="3e-3",
+)
 
 
 def train(folder, *further):
-    flags = [*FLAGS.split(), "--tensorboard-dir", folder, *further]
+    flags = [*FLAGS, "--tensorboard-dir", folder, *further]
     env = launch.WITHOUT_GPU | launch.INTERPRETED
     done = launch.session(1, "-m", "megatron_vwn.training.pretrain", *flags, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -6,26 +6,24 @@ from pathlib import Path
 
 import launch
 import psutil
+from models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ITERATIONS, SAVE_INTERVAL, KILL_AFTER = 20, 5, 8
 
 # Every kind of state that a checkpoint must bring back: optimizer, learning rate, data order and, through dropout, the
 # random number generators of both ranks.
-FLAGS = """
-    --hybrid-layer-pattern *-*- --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64
-    --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm
-    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0.1 --attention-dropout 0.1
-    --vwn-m 2 --vwn-n 6 --vwn-ngrams 2,3 --vwn-ngram-vocab 64
-    --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer
-    --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style cosine --eval-iters 0 --eval-interval 1000
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 127
-    --log-interval 1 --tensorboard-log-interval 1 --ckpt-format torch_dist
-"""
+FLAGS = tiny(
+    "*-*-",
+    "--vwn-m 2 --vwn-n 6 --vwn-ngrams 2,3 --vwn-ngram-vocab 64 --tensor-model-parallel-size 2 --sequence-parallel "
+    "--use-distributed-optimizer --lr-decay-style cosine --tensorboard-log-interval 1 --ckpt-format torch_dist",
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+)
 
 
 def program(folder: Path) -> list:
-    flags = [*FLAGS.split(), "--train-iters", ITERATIONS, "--save-interval", SAVE_INTERVAL]
+    flags = [*FLAGS, "--train-iters", ITERATIONS, "--save-interval", SAVE_INTERVAL]
     checkpoints = folder / "checkpoints"
     folders = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", folder / "events"]
     return ["-m", "megatron_vwn.training.pretrain", *flags, *folders]

@@ -2,18 +2,23 @@
 
 import launch
 import pytest
+from models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS, INTERVAL = 6, 3
-FLAGS = f"""
-    --hybrid-layer-pattern *-|*-/*- --pipeline-model-parallel-size 2
-    --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48
-    --seq-length 16 --max-position-embeddings 16 --position-embedding-type rope --normalization RMSNorm
-    --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0.1 --attention-dropout 0.1
-    --vwn-m 2 --vwn-n 6 --micro-batch-size 1 --global-batch-size 4 --train-iters {STEPS} --lr 1e-3
-    --lr-decay-style constant --eval-iters 1 --eval-interval 2 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 127 --log-interval 1 --tensorboard-log-interval 1
-"""
+FLAGS = tiny(
+    "*-|*-/*-",
+    "--pipeline-model-parallel-size 2 --vwn-m 2 --vwn-n 6 --lr-decay-style constant --tensorboard-log-interval 1",
+    ffn_hidden_size=48,
+    seq_length=16,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    micro_batch_size=1,
+    train_iters=STEPS,
+    lr="1e-3",
+    eval_iters=1,
+    eval_interval=2,
+)
 PER_CONNECTION = [
     "effective_segments",
     "independent_segments",
@@ -47,7 +52,7 @@ WITHOUT_WINDOW = "layer_001", "mtp_1_layer_001"
 
 
 def train(folder, *further):
-    flags = [*FLAGS.split(), "--tensorboard-dir", folder, *further]
+    flags = [*FLAGS, "--tensorboard-dir", folder, *further]
     done = launch.session(2, "-m", "megatron_vwn.training.pretrain", *flags, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

@@ -9,18 +9,23 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from models import tiny
 
 import megatron_vwn
 
-# fmt: off
-MODEL = [
-    "--hybrid-layer-pattern", "*-*-", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32",
-    "--max-position-embeddings", "32", "--position-embedding-type", "rope", "--normalization", "RMSNorm",
-    "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--micro-batch-size", "2",
-    "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3", "--eval-iters", "1", "--eval-interval", "100",
-    "--log-interval", "1", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255",
-]
-# fmt: on
+MODEL = tiny(
+    "*-*-",
+    hidden_size=64,
+    ffn_hidden_size=None,
+    hidden_dropout=None,
+    attention_dropout=None,
+    train_iters=2,
+    lr="1e-3",
+    eval_iters=1,
+    eval_interval=100,
+    mock_data=None,
+    vocab_size=255,
+)
 MOCK = ["--mock-data"]
 WIDE = ["--vwn-m", "2", "--vwn-n", "6"]
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method"]
