@@ -82,6 +82,22 @@ class InputNorm(NamedTuple):
     eps: float
 
 
+class Gates(NamedTuple):
+    """What a read computes once of its state and hands to the write of the same connection; opaque but to the
+    implementation that made it. A static connection has none.
+
+    In the backward pass the gradient slot of ``logits_TNK`` carries the gradient of the COEFFICIENTS, in the order and
+    the dtype of the logits: the write knows its part of them and the read completes it before it goes on to the logits.
+
+    Attributes:
+        logits_TNK: RMSNorm(H) W / tau, in the stream's dtype.
+        inverse_rms_TN: 1 / rms of each segment, fp32 (fp64 for a stream in fp64); without a gradient.
+    """
+
+    logits_TNK: Tensor
+    inverse_rms_TN: Tensor
+
+
 # The doubly stochastic carry starts within n e^-8 of the identity, and after 20 rounds its rows and columns sum to one
 # as well as training needs (columns, which come last, exactly).
 SINKHORN_KAPPA = 8.0
