@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from megatron_vwn.benchmark import machine, report  # noqa: E402
 from megatron_vwn.benchmark import table as _benchmark_table  # noqa: E402
 from megatron_vwn.cli import exit_code  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.ops.costs import OPS, Width  # noqa: E402
+from megatron_vwn.ops.costs import OPS, Op, Width  # noqa: E402
 
 PROGRAM = "vwn-benchmark"
 PAIRS = ((2, 3), (1, 4), (4, 16), (1, 8), (4, 32), (8, 64))
@@ -42,6 +43,7 @@ EPILOG = """\
 examples
   vwn-benchmark kernels --pairs 4,16 8,64 --hidden-size 2048
   vwn-benchmark --compile-only sm_90
+  vwn-benchmark --predict h200 --pairs 4,16 --hidden-size 2048
   vwn-benchmark layer --recipe moe-a3.3b --recompute-block 4 8
   vwn-benchmark model --vwn-m 4 --vwn-n 16 --hidden-size 1024 --hybrid-layer-pattern '*-*-*-*-' ...
   vwn-benchmark table
@@ -54,7 +56,7 @@ without a GPU and of one of D = 2048 with one. Results are written as JSON, with
 def main(argv: list[str] | None = None) -> int:
     """Run the program; 0, 1 if a variant disagrees or fails, 2 for a refusal, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].startswith("--compile-only"):
+    if argv and argv[0].startswith(("--compile-only", "--predict")):
         argv.insert(0, "kernels")
     return exit_code(PROGRAM, lambda: _run(argv))
 
@@ -70,8 +72,8 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
     from megatron_vwn.benchmark import kernels
     from megatron_vwn.benchmark.operations import Problem
 
-    if options.compile_only:
-        return _compile_only(options, argv)
+    if options.compile_only or options.predict:
+        return (_predict if options.predict else _compile_only)(options, argv)
     device = _device(options)
     known = kernels.variants()
     wanted = options.variants or list(known)
@@ -84,7 +86,7 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
         Problem(op, width, tokens, dtype, device)
         for width in widths
         for op in options.ops or OPS
-        if op != "reduce_norm" or width.n % width.m == 0
+        if _possible(op, width)
     ]
     rates = machine.measure_rates(device, dtype)
     print(
@@ -112,8 +114,7 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
 
 
 def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise VirtualWidthError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it.")
+    _no_interpreter()
     from megatron_vwn.benchmark import compile as compiling
     from megatron_vwn.benchmark.operations import Kernels
 
@@ -122,19 +123,52 @@ def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
         raise VirtualWidthError(
             f"--compile-only {architecture} is none of {', '.join(compiling.ARCHITECTURES)}: choose one of them."
         )
-    widths = _widths(options)
     device = torch.device("cpu")
     path = _output(options, f"compile-{architecture}", device)
-    # "connection" launches the kernels of read and write.
-    ops = [op for op in options.ops or OPS if op != "connection"]
-    problems = [(op, width) for width in widths for op in ops if op != "reduce_norm" or width.n % width.m == 0]
     results: list[dict] = []
+    # "connection" launches the kernels of read and write.
+    for op, width in _without_gpu(options, [op for op in options.ops or OPS if op != "connection"]):
+        results += compiling.compile_problem(Kernels(), op, width, DTYPES[options.dtype], architecture)
+    print(report.table(compiling.HEADER, compiling.table_rows(results)))
+    return _finish(path, "compile", device, argv, {"architecture": architecture}, results, options)
+
+
+def _predict(options: argparse.Namespace, argv: list[str]) -> int:
+    _no_interpreter()
+    from megatron_vwn.benchmark import predict
+    from megatron_vwn.benchmark.model import GPUS
+    from megatron_vwn.benchmark.operations import Kernels
+
+    names = options.predict
+    if unknown := [name for name in names if name not in GPUS]:
+        raise VirtualWidthError(f"--predict {unknown[0]} is none of {', '.join(GPUS)}: choose of them.")
+    path = _output(options, f"predict-{'-'.join(names)}", None)
+    tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
+    results: list[dict] = []
+    for op, width in _without_gpu(options, options.ops or ["write_read"]):
+        results += predict.predict_problem(Kernels(), op, width, tokens, dtype, names)
+    print(report.table(predict.HEADER, predict.table_rows(results)))
+    print(*predict.assumptions(names), sep="\n")
+    settings = {"calibration": predict.CALIBRATION, "gpus": {name: vars(GPUS[name]) for name in names}}
+    return _finish(path, "predict", torch.device("cpu"), argv, settings, results, options)
+
+
+def _no_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise VirtualWidthError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it.")
+
+
+def _without_gpu(options: argparse.Namespace, ops: Iterable[Op]) -> Iterator[tuple[Op, Width]]:
+    """What is compiled, with a bar."""
+    problems = [(op, width) for width in _widths(options) for op in ops if _possible(op, width)]
     with tqdm(problems, unit="operation", disable=None) as bar:
         for op, width in bar:
             bar.set_description(f"{op} ({width.m},{width.n}) D={width.hidden_size}")
-            results += compiling.compile_problem(Kernels(), op, width, DTYPES[options.dtype], architecture)
-    print(report.table(compiling.HEADER, compiling.table_rows(results)))
-    return _finish(path, "compile", device, argv, {"architecture": architecture}, results, options)
+            yield op, width
+
+
+def _possible(op: Op, width: Width) -> bool:
+    return op != "reduce_norm" or width.n % width.m == 0
 
 
 def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
@@ -209,7 +243,7 @@ def _finish(path: Path, mode: str, device, argv, settings: dict, results: list[d
     return report.exit_code(results)
 
 
-def _output(options: argparse.Namespace, mode: str, device: torch.device) -> Path:
+def _output(options: argparse.Namespace, mode: str, device: torch.device | None) -> Path:
     return report.choose_path(
         options.output, mode, device, committed=options.commit_results, overwrite=options.overwrite
     )
@@ -326,6 +360,12 @@ def _parser() -> argparse.ArgumentParser:
         "--compile-only",
         metavar="ARCH",
         help="compile the kernels for sm_90 (sm_80, sm_100), which needs no GPU, and print registers and spills",
+    )
+    kernels.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="GPU",
+        help="compile the kernels and predict their times on an h200 or h100 by a model; needs no GPU",
     )
     _measuring(kernels, rounds=21)
 

@@ -1,19 +1,15 @@
 """Compile every kernel that an operation launches, for a GPU that is not here, and read what the assembler says.
 
-The operations themselves run, on a handful of tokens in main memory, while Triton believes in a GPU of the wanted
-architecture and every launch ends after compilation. So what is compiled is exactly what would be launched: the same
-kernels, tiles, warps and specialisations of arguments, and no list of kernels that could grow stale. What the
-operations then return is uninitialised memory and thrown away.
+The operations themselves run, on tensors without memory (torch's meta device), while Triton believes in a GPU of the
+wanted architecture and every launch ends after compilation. So what is compiled is exactly what would be launched: the
+same kernels, tiles, warps, grids and specialisations of arguments, and no list of kernels that could grow stale.
 """
 
-import re
-import subprocess
-import tempfile
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -22,16 +18,40 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_vwn.benchmark.operations import Problem, Variant
+from megatron_vwn.benchmark.sass import Code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops import costs
-from megatron_vwn.ops.costs import PASSES, Width
+from megatron_vwn.ops.costs import PASSES, Pass, Width
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # More than any tile has, and no multiple of one.
 TOKENS = 131
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_]*)", re.M)
 _MATRIX_UNITS = ("HGMMA", "QGMMA", "HMMA", "DMMA", "UTCMMA")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that ended after compilation.
+
+    Attributes:
+        compiled: Triton's compiled kernel.
+        grid: programs by axis.
+        arguments: by name, options such as ``num_warps`` among them.
+    """
+
+    compiled: object
+    grid: tuple[int, ...]
+    arguments: Mapping[str, object]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.compiled.metadata.name
+
+    @property
+    def programs(self) -> int:
+        """In all."""
+        return math.prod(self.grid)
 
 
 class _AbsentGpu:
@@ -67,25 +87,38 @@ class _AbsentGpu:
 
 
 @contextmanager
-def launches_compiled(architecture: str) -> Iterator[list]:
+def launches_compiled(architecture: str) -> Iterator[list[Launch]]:
     """Within, launches of Triton kernels compile only; yields the list that they are added to."""
     if not hasattr(JITFunction, "run"):
         raise VirtualWidthError(f"triton {triton.__version__} launches kernels otherwise: install 3.6.")
-    run, compiled = JITFunction.run, []
+    run, launched = JITFunction.run, []
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
-        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
-        return compiled[-1]
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        launched.append(Launch(compiled, tuple(grid(arguments)) if callable(grid) else tuple(grid), arguments))
+        return compiled
 
     # Without a GPU there is no driver to ask for, and none must be put back.
     previous = driver._active
     driver.set_active(_AbsentGpu(ARCHITECTURES[architecture]))
     JITFunction.run = compile_only
     try:
-        yield compiled
+        yield launched
     finally:
         JITFunction.run = run
         driver.set_active(previous)
+
+
+def passes(variant: Variant, problem: Problem) -> dict[Pass, Callable[[], None]]:
+    """The two passes of an operation, to be called in this order."""
+    leaves, outputs = variant.leaves(problem, None), []
+
+    def backward() -> None:
+        ours = [output for output in outputs if output.grad_fn is not None]
+        torch.autograd.grad(ours, list(leaves.values()), [torch.empty_like(output) for output in ours])
+
+    return {"forward": lambda: outputs.extend(variant.outputs(problem, leaves)), "backward": backward}
 
 
 @dataclass(frozen=True)
@@ -122,33 +155,22 @@ class Usage:
         return bool(self.stack or self.local_loads or self.local_stores)
 
 
-def usage(compiled) -> Usage:
-    """Read a compiled kernel's cubin with the tools that Triton ships."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        resources = _tool("cuobjdump", "-res-usage", file.name)
-        found = Counter(_INSTRUCTION.findall(_tool("nvdisasm", "-c", file.name)))
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
+def usage(launch: Launch) -> Usage:
+    """Read a compiled kernel's machine code."""
+    metadata, code = launch.compiled.metadata, Code.of(launch.compiled.asm["cubin"])
+    found = Counter(x.name.partition(".")[0] for x in code.instructions)
     return Usage(
-        kernel=compiled.metadata.name,
-        warps=compiled.metadata.num_warps,
-        registers=registers,
-        shared=compiled.metadata.shared,
-        stack=stack,
+        kernel=metadata.name,
+        warps=metadata.num_warps,
+        registers=code.registers,
+        shared=metadata.shared,
+        stack=code.stack,
         local_loads=found["LDL"],
         local_stores=found["STL"],
         matrix={name: found[name] for name in _MATRIX_UNITS if found[name]},
         instructions=found.total(),
-        code=len(compiled.asm["cubin"]),
+        code=code.size,
     )
-
-
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([_BIN / name, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise VirtualWidthError(f"{name} of triton {triton.__version__} failed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
 
 
 def compile_problem(variant: Variant, op: costs.Op, width: Width, dtype: torch.dtype, architecture: str) -> list[dict]:
@@ -157,33 +179,32 @@ def compile_problem(variant: Variant, op: costs.Op, width: Width, dtype: torch.d
     Returns:
         One result per kernel, in the order of their launches; see ``_benchmark_report.report``.
     """
-    problem = Problem(op, width, TOKENS, dtype, torch.device("cpu"))
-    leaves = variant.leaves(problem, torch.Generator().manual_seed(0))
+    problem = Problem(op, width, TOKENS, dtype, torch.device("meta"))
+    both = passes(variant, problem)
     results: list[dict] = []
-    outputs: tuple[torch.Tensor, ...] = ()
     for direction in PASSES:
         row = {key: value for key, value in problem.label.items() if key != "tokens"}
         row |= {"pass": direction, "architecture": architecture}
         row["floor_bytes_per_token"] = costs.elements(op, direction, width) * dtype.itemsize
         try:
-            with launches_compiled(architecture) as compiled:
-                if direction == "forward":
-                    outputs = variant.outputs(problem, leaves)
-                else:
-                    ours = [o for o in outputs if o.grad_fn is not None]
-                    torch.autograd.grad(ours, list(leaves.values()), [torch.zeros_like(o) for o in ours])
+            with launches_compiled(architecture) as launched:
+                both[direction]()
         except Exception as error:  # whatever Triton raises for a kernel it cannot compile
-            # Triton quotes the source first and says what is wrong with it last.
-            said = str(error.__cause__ or error).strip().splitlines() or [""]
-            results.append({**row, "status": "failed", "reason": f"{type(error).__name__}: {said[-1].strip()[:200]}"})
+            results.append({**row, "status": "failed", "reason": phrase(error)})
             return results
-        for kernel in compiled:
-            found = usage(kernel)
+        for launch in launched:
+            found = usage(launch)
             status = {"status": "measured"}
             if found.spills:
                 status = {"status": "failed", "reason": "spills registers to memory"}
             results.append({**row, **status, "usage": vars(found)})
     return results
+
+
+def phrase(error: Exception) -> str:
+    """What is wrong, which Triton says last, after the source."""
+    said = str(error.__cause__ or error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[-1].strip()[:200]}"
 
 
 HEADER = (

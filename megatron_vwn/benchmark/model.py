@@ -38,7 +38,8 @@ class Gpu:
         shared_bytes: shared memory of a multiprocessor.
         l1_bytes: shared memory and L1 of a multiprocessor.
         registers: of a multiprocessor.
-        small_operation: seconds of an operation that has nearly nothing to do.
+        launch: seconds that a kernel takes to start and to end.
+        small_operation: seconds of an operation of torch that has nearly nothing to do.
     """
 
     dram: float
@@ -52,6 +53,7 @@ class Gpu:
     shared_bytes: int = 228 * 1024
     l1_bytes: int = 256 * 1024
     registers: int = 65536
+    launch: float = 2e-6
     small_operation: float = 2.5e-6
 
 
@@ -59,7 +61,6 @@ GPUS = {"h200": Gpu(dram=4.8e12), "h100": Gpu(dram=3.35e12)}
 
 _SCHEDULERS = 4
 _MMA_SHARE = 0.62  # of the peak that mma.sync reaches on Hopper
-_LAUNCH = 2e-6
 # Cycles that a warp's instruction occupies a pipe of its scheduler, and until its result is there.
 _CYCLES = {"integer": 2, "multiply": 2, "float": 1, "uniform": 2}
 _LATENCY = {"mma": 33, "wgmma": 40, "shared": 33, "shuffle": 24, "special": 20, "uniform": 12, "special register": 30}
@@ -129,7 +130,9 @@ def predict(kernel: Kernel, gpu: Gpu) -> Prediction:
     cycles = _busy(instructions, kernel.warps)
     cycles["L2"] = from_l2 / times * gpu.multiprocessors * gpu.hertz / gpu.l2
     per_sequence = kernel.programs * times
-    cycles["DRAM"] = (reads + writes + again) / per_sequence * gpu.multiprocessors * gpu.hertz / gpu.dram / gpu.dram_share
+    cycles["DRAM"] = (
+        (reads + writes + again) / per_sequence * gpu.multiprocessors * gpu.hertz / gpu.dram / gpu.dram_share
+    )
     simulation = _Simulation(
         instructions,
         warps=kernel.warps,
@@ -145,10 +148,10 @@ def predict(kernel: Kernel, gpu: Gpu) -> Prediction:
     simulated = (max(share, 1.0) * steady + 0.5 * max(0.0, first - resident * steady)) / gpu.hertz
     worst = max(seconds, key=seconds.get)
     return Prediction(
-        seconds=max(simulated, seconds[worst]) + _LAUNCH,
+        seconds=max(simulated, seconds[worst]) + gpu.launch,
         limit="latency" if simulated > 1.25 * seconds[worst] else worst,
         bounds=seconds,
-        simulated=simulated + _LAUNCH,
+        simulated=simulated + gpu.launch,
         traffic=reads + writes,
         l2=from_l2 * kernel.programs,
         resident=resident,

@@ -73,7 +73,7 @@ class Variant(ABC):
         return None
 
     @abstractmethod
-    def leaves(self, problem: Problem, generator: torch.Generator) -> dict[str, Tensor]:
+    def leaves(self, problem: Problem, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Inputs and parameters, drawn in fp32, rounded to the problem's dtype, that require gradients."""
 
     @abstractmethod
@@ -117,7 +117,7 @@ class VirtualWidth(Variant):
     def group_norm(self, h_TNE: Tensor, weight_NE: Tensor, width: Width) -> Tensor:
         """Normed H [T, N, E]."""
 
-    def leaves(self, problem: Problem, generator: torch.Generator) -> dict[str, Tensor]:
+    def leaves(self, problem: Problem, generator: torch.Generator | None) -> dict[str, Tensor]:
         """See ``Variant``; Y and the second connection only where the operation has them."""
         width = problem.width
 

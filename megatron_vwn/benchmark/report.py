@@ -10,8 +10,8 @@ from megatron_vwn.benchmark import machine
 from megatron_vwn.config import VirtualWidthError
 
 SCHEMA = 1
-# What a result can be; only "measured" has times.
-STATUSES = ("measured", "missing", "disagrees", "failed")
+# What a result can be; only "measured" and "predicted" have times.
+STATUSES = ("measured", "predicted", "missing", "disagrees", "failed")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,11 +46,12 @@ def choose_path(output: Path | None, mode: str, device, *, committed: bool, over
     Args:
         output: what the user typed.
         mode: the subcommand.
-        device: torch's.
+        device: torch's, for the name; None if the machine does not matter.
         committed: whether the file belongs among those of the repository.
         overwrite: whether an existing file may be replaced.
     """
-    name = f"{mode}-{re.sub('[^a-z0-9]+', '-', machine.device_name(device).lower()).strip('-')}.json"
+    words = mode if device is None else f"{mode} {machine.device_name(device)}"
+    name = f"{re.sub('[^a-z0-9_]+', '-', words.lower()).strip('-')}.json"
     path = output or (RESULTS / name if committed else Path("results") / name)
     if path.is_dir():
         raise VirtualWidthError(f"--output {path} is a folder: give the path of a file.")
