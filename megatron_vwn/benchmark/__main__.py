@@ -46,6 +46,7 @@ examples
   vwn-benchmark --predict h200 --pairs 4,16 --hidden-size 2048
   vwn-benchmark layer --recipe moe-a3.3b --recompute-block 4 8
   vwn-benchmark model --vwn-m 4 --vwn-n 16 --hidden-size 1024 --hybrid-layer-pattern '*-*-*-*-' ...
+  vwn-benchmark tune --pairs 4,32 --minutes 10
   vwn-benchmark table
 
 layer and model take Megatron's flags; those they are not given come from --recipe, or are those of a small layer
@@ -222,6 +223,20 @@ def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
     return _finish(path, options.mode, device, argv, settings, results, options)
 
 
+def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    if not machine.has_gpu():
+        raise VirtualWidthError("there is no GPU to tune kernels on: run tune on the machine that trains.")
+    _no_interpreter()
+    from megatron_vwn.benchmark import tune
+    from megatron_vwn.benchmark.operations import Problem
+
+    tokens, dtype, device = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype], torch.device("cuda")
+    problems = [Problem("write_read", width, tokens, dtype, device) for width in _widths(options)]
+    rows = tune.tune(problems, 60 * options.minutes, print)
+    print(f"{tune.write(rows)} has {len(rows)} new tiles; kernels read it before their first launch")
+    return 0
+
+
 def _table(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
     rates = _benchmark_table.Rates(**{name: getattr(options, name) for name in vars(_benchmark_table.Rates())})
     if options.results != report.RESULTS and not options.results.is_dir():
@@ -233,7 +248,7 @@ def _table(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
     return 0
 
 
-_MODES = {"kernels": _kernels, "layer": _steps, "model": _steps, "table": _table}
+_MODES = {"kernels": _kernels, "layer": _steps, "model": _steps, "tune": _tune, "table": _table}
 
 
 def _finish(path: Path, mode: str, device, argv, settings: dict, results: list[dict], options) -> int:
@@ -348,13 +363,8 @@ def _parser() -> argparse.ArgumentParser:
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
 
     kernels = _mode(modes, "kernels", "single operations against their floor, torch.compile and mHC's kernels")
-    kernels.add_argument("--pairs", type=_pair, nargs="+", default=PAIRS, metavar="M,N", help="default: six of them")
-    kernels.add_argument(
-        "--hidden-size", type=_positive, nargs="+", default=[2048, 4096], metavar="D", help="default: 2048 4096"
-    )
-    kernels.add_argument("--tokens", type=_positive, metavar="T", help="default: 8192 on a GPU, 256 on a CPU")
-    kernels.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    kernels.add_argument("--ops", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)} (default: all)")
+    _sizes(kernels, [2048, 4096], "8192 on a GPU, 256 on a CPU")
+    kernels.add_argument("--ops", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)} (default: all; of --predict: write_read)")
     kernels.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
     kernels.add_argument(
         "--compile-only",
@@ -377,6 +387,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         _measuring(mode, rounds=9)
 
+    tune = _mode(
+        modes, "tune", "find the fastest tiles of the kernels on this machine's GPU; they are used from then on"
+    )
+    _sizes(tune, [2048], "8192")
+    tune.add_argument("--minutes", type=_positive, default=15, metavar="M", help="at most (default: %(default)s)")
+
     table = _mode(modes, "table", "what r costs: predicted floors and committed measurements, as Markdown")
     for field, value in vars(_benchmark_table.Rates()).items():
         table.add_argument(
@@ -392,6 +408,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _mode(modes, name: str, what: str) -> argparse.ArgumentParser:
     return modes.add_parser(name, help=what, description=what, allow_abbrev=False)
+
+
+def _sizes(parser: argparse.ArgumentParser, hidden_sizes: list[int], tokens: str) -> None:
+    """Which operations' sizes are looked at."""
+    parser.add_argument("--pairs", type=_pair, nargs="+", default=PAIRS, metavar="M,N", help="default: six of them")
+    parser.add_argument(
+        "--hidden-size",
+        type=_positive,
+        nargs="+",
+        default=hidden_sizes,
+        metavar="D",
+        help=f"default: {' '.join(map(str, hidden_sizes))}",
+    )
+    parser.add_argument("--tokens", type=_positive, metavar="T", help=f"default: {tokens}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
 
 
 def _measuring(parser: argparse.ArgumentParser, *, rounds: int) -> None:

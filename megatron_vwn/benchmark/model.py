@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_vwn.benchmark.sass import Code, Instruction
-from megatron_vwn.benchmark.ttgir import Access, Program
+from megatron_vwn.benchmark.ttgir import Program
 
 CALIBRATION = "one public figure (TransformerEngine's mHC projection, within 20 %); nothing here ran on a GPU"
 
@@ -252,7 +252,7 @@ class _Step:
         self.asks = x.bytes * global_share if x.kind in ("global", "copy") else 0.0
         # What the warp waits for beside barriers: all but so many of its groups of copies, or of wgmma.
         self.release = None
-        if x.name.startswith("DEPBAR.LE") and "SB0" in x.text or x.name.startswith("WARPGROUP.DEPBAR"):
+        if (x.name.startswith("DEPBAR.LE") and "SB0" in x.text) or x.name.startswith("WARPGROUP.DEPBAR"):
             self.release = int(x.text.split(",")[1].split()[0], 16)
 
 
