@@ -5,14 +5,14 @@ H and Y, and stores H' and the next X. Then the first layer returns a ``PendingW
 no layer of ours gets tensors: see ``join_boundaries``.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from torch import Tensor
 
 from megatron_vwn.modules.connection import Connection
-from megatron_vwn.modules.recompute import Place, Step, keeping, mark_place, place_of
+from megatron_vwn.modules.recompute import Place, Step, mark_place, place_of
+from megatron_vwn.ops import Gates
 
 
 @dataclass(kw_only=True)
@@ -22,8 +22,8 @@ class Arrival:
     Attributes:
         connection: the sublayer's.
         state: this rank's over-width state [s, b, N * E] that it read.
-        x: its input [s, b, D] in the backbone's dtype, normalised where the plan says so.
-        coefficients: what ``Connection.read`` returned for ``Connection.write``.
+        x: its input [s, b, D] in the backbone's dtype.
+        gates: what the read gave for the write.
         place: the sublayer's place for stream recompute; None without.
         x_by_read: whether x was read by itself, rather than together with the write before.
     """
@@ -31,20 +31,15 @@ class Arrival:
     connection: Connection
     state: Tensor
     x: Tensor
-    coefficients: Tensor | None
+    gates: Gates | None
     place: Place | None
     x_by_read: bool
 
-    def norm_done(self) -> AbstractContextManager:
-        """For the stock layer: its norm is skipped inside, if the read did it."""
-        connection = self.connection
-        return connection.input_norm.done() if connection.plan(self.state).normalizes_input else nullcontext()
-
     def leave(self, output: Tensor, *, wait: bool) -> "Tensor | PendingWrite":
-        """Write the sublayer's output [s, b, D], or leave that to the next sublayer if it may wait and a kernel does
-        both."""
+        """Write the sublayer's output [s, b, D], or leave that to the next sublayer if it may wait and both can be done
+        at once."""
         write = PendingWrite(self, self.connection.share(output))
-        return write if wait and self.connection.plan(self.state).fuses_write_read else write.finish()
+        return write if wait and self.connection.fuses_write_read else write.finish()
 
 
 class PendingWrite:
@@ -62,21 +57,32 @@ class PendingWrite:
     def finish(self) -> Tensor:
         """The next state [s, b, N * E]."""
         this, y = self._take()
-        with keeping(this.place, this.state):
-            next_TNE = this.connection.write(this.state, y, this.coefficients)
+        if this.place is None:
+            return this.connection.write(this.state, y, this.gates).view(this.state.shape)
+        block, index = this.place
+        with block.keeping() as kept:
+            next_TNE = this.connection.write(this.state, y, this.gates)
+        block.hand_over(kept, index, this.state, _rebuilt(this.gates, this.connection))
         return _next_state(next_TNE, this, y)
 
     def read_by(self, following: Connection) -> Arrival:
         """The next sublayer's arrival, whose read is done together with this write."""
         this, y = self._take()
-        with keeping(this.place, this.state):
-            next_TNE, x_TD = this.connection.write_read(this.state, y, following)
-        state = _next_state(next_TNE, this, y, following)
+        if this.place is None:
+            next_TNE, x_TD, gates = this.connection.write_read(this.state, y, this.gates, following)
+            state = next_TNE.view(this.state.shape)
+        else:
+            block, index = this.place
+            with block.keeping() as kept:
+                next_TNE, x_TD, gates = this.connection.write_read(this.state, y, this.gates, following)
+            block.hand_over(kept, index, this.state, this.gates)
+            block.hand_over(kept, index + 1, next_TNE, gates)
+            state = _next_state(next_TNE, this, y, following)
         return Arrival(
             connection=following,
             state=state,
             x=_for_backbone(x_TD.view(*state.shape[:-1], x_TD.shape[-1]), following),
-            coefficients=None,
+            gates=gates,
             place=place_of(state, following.virtual_width.recompute_block),
             x_by_read=False,
         )
@@ -88,12 +94,12 @@ class PendingWrite:
 
 def _next_state(next_TNE: Tensor, this: Arrival, y: Tensor, following: Connection | None = None) -> Tensor:
     state = next_TNE.view(this.state.shape)
-    if this.place is not None and next_TNE.grad_fn is not None:
+    if next_TNE.grad_fn is not None:
         step = Step(
             connection=this.connection,
             x=this.x,
             y=y,
-            coefficients=this.coefficients,
+            gates=this.gates,
             x_by_read=this.x_by_read,
             following=following,
         )
@@ -108,16 +114,25 @@ def arrive(connection: Connection, hidden_states: Tensor | PendingWrite) -> Arri
     if isinstance(hidden_states, PendingWrite):
         return hidden_states.read_by(connection)
     place = place_of(hidden_states, connection.virtual_width.recompute_block)
-    with keeping(place, hidden_states):
-        x, coefficients = connection.read(hidden_states)
+    if place is None:
+        x, gates = connection.read(hidden_states)
+    else:
+        with place.block.keeping() as kept:
+            x, gates = connection.read(hidden_states)
+        place.block.hand_over(kept, place.index, hidden_states, _rebuilt(gates, connection))
     return Arrival(
         connection=connection,
         state=hidden_states,
         x=_for_backbone(x, connection),
-        coefficients=coefficients,
+        gates=gates,
         place=place,
         x_by_read=True,
     )
+
+
+def _rebuilt(gates: Gates | None, connection: Connection) -> Gates | None:
+    # Under the width partition gates took communication.
+    return None if connection.partition.splits_width else gates
 
 
 def join_boundaries(stack: HybridStack) -> None:

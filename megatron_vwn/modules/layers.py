@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.boundary import PendingWrite, arrive
 from megatron_vwn.modules.connection import Connection
-from megatron_vwn.modules.norm import SharedNorm
 
 
 def branch_only(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
@@ -54,7 +53,7 @@ class _Connected:
         **kwargs,
     ):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        self.connection = Connection(config, virtual_width, pg_collection, SharedNorm.of(self))
+        self.connection = Connection(config, virtual_width, pg_collection)
 
     def forward(self, hidden_states: Tensor | PendingWrite, *args, **kwargs):
         """Hidden states are this rank's over-width state [s, b, N * E], or the write that leads to it; everything else
@@ -62,8 +61,7 @@ class _Connected:
         arrival = arrive(self.connection, hidden_states)
         if self.observer is not None:
             self.observer(arrival.state)
-        with arrival.norm_done():
-            output = super().forward(arrival.x, *args, **kwargs)
+        output = super().forward(arrival.x, *args, **kwargs)
         if isinstance(output, tuple):
             output, *rest = output
             return arrival.leave(output, wait=self.leaves_write), *rest

@@ -1,28 +1,24 @@
 """Stream recompute: one stored state per block of sublayers, the others rebuilt in the backward pass.
 
-Autograd keeps the over-width state H of every connection: r times the backbone's width, twice per layer. Here it keeps
-the first H of a block and every sublayer's output Y, and gets a handle for each later H. The first handle that the
-backward pass opens rebuilds the whole block with the write chain, H_1 = write(H_0, Y_0), H_2 = write(H_1, Y_1), and so
-on, and each H is let go again when its last handle has been opened. A sublayer's input X, which its norm keeps, is
-emptied after use and filled again just before the sublayer's backward pass. Where the read does the norm, X stands for
-the normalised input below, which the sublayer's first linear layers keep; the read itself keeps no input then, but a
-number per token.
+Autograd keeps the over-width state H of every connection, r times the backbone's width and twice per layer, and its
+gates. Here it keeps the first H of a block with its gates and every sublayer's output Y, and gets a handle for whatever
+later H and gates it would keep. The first handle that the backward pass opens rebuilds the whole block with the chain
+(H_1, X_1, gates_1) = write_read(H_0, Y_0, gates_0) and so on, and each H is let go again when its last handle has been
+opened. A sublayer's input X, which its norm keeps, is emptied after use and filled again with its H.
 
 Per token and in elements, of C connections in blocks of K on one pipeline stage (D backbone width, r virtual width
-factor; whole segments, that is the sequence and replicated partitions):
+factor, z what the gates of one state take; whole segments, that is the sequence and replicated partitions):
 
-    kept for the backward pass   ceil(C / K) r D + C D             H of each block, Y of each sublayer
-                                 + (ceil(C / K) - 1) D             X of each later block, where it came with a fused
-                                                                   write_read, which only the block before could repeat
-    while a block's backward     (K - 1) r D + D                   H rebuilt, one X at a time
-    runs, in addition            (K - 1) (r + 1) D                 with a fused write_read: all X come with their H
-                                                                   (and the first X of a stage when its turn comes)
-    without any of this          C (r D + 2 D)                     H, X and Y of each connection
+    kept for the backward pass   ceil(C / K) (r D + z) + C D       H and gates of each block, Y of each sublayer
+                                 + (ceil(C / K) - 1) D             X of each later block, which only the block before
+                                                                   could repeat
+    while a block's backward     (K - 1) ((r + 1) D + z)           H, X and gates rebuilt
+    runs, in addition                                              (and the first X of a stage when its turn comes)
+    without any of this          C (r D + z + 2 D)                 H and gates, X and Y of each connection
 
-What is rebuilt equals what was there to the bit: it is the same function of the same arguments, in the same grad mode
-(whether an operand requires a gradient decides how torch multiplies). Dropout lies before Y, so no random number is
-drawn again. Nothing here is an FP8 product, so the rebuild needs no FP8 context. No rank communicates: the width
-partition keeps its X, and its coefficients, which were summed over ranks.
+What is rebuilt equals what was there to the bit: it is the same function of the same arguments. Dropout lies before Y,
+so no random number is drawn again. Nothing here is an FP8 product, so the rebuild needs no FP8 context. No rank
+communicates: the width partition, whose reads do, keeps every X and all gates and rebuilds H alone.
 
 A block belongs to one forward call. It is held by what autograd holds, never by a module, so micro-batches of a
 pipeline do not see each other's; it ends where the next layer does not get the very tensor that the last one returned:
@@ -32,7 +28,8 @@ first, gradient-free pass has no blocks, and the second has.
 
 import weakref
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +38,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_vwn.modules.connection import Connection
+from megatron_vwn.ops import Gates
 
 
 class Place(NamedTuple):
@@ -58,12 +56,41 @@ class _Mark(NamedTuple):
     version: int
 
 
+class _Point(NamedTuple):
+    """A state [s, b, N * E] and its gates, None for a static connection."""
+
+    state: Tensor
+    gates: Gates | None
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors of which autograd may keep handles."""
+        return {"state": self.state, **(self.gates._asdict() if self.gates else {})}
+
+
 class _Handle(NamedTuple):
-    """What autograd keeps in place of a state."""
+    """What autograd keeps in place of a tensor of a later point of the block."""
 
     block: "Block"
     index: int
+    name: str
     shape: torch.Size
+
+
+class _Kept:
+    """What autograd keeps of an operation inside ``Block.keeping``: a tensor, or a handle once that is known."""
+
+    def __init__(self, tensor: Tensor):
+        # Not the tensor itself: what is an operation's output would hold the operation that holds it.
+        self.what: Tensor | _Handle = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version
+
+    def open(self) -> Tensor:
+        """The tensor, rebuilt if need be."""
+        if isinstance(self.what, _Handle):
+            return self.what.block._open(self.what)
+        if self.what._version != self._version:  # with hooks, autograd leaves this to them
+            raise RuntimeError("a tensor that the backward pass needs was modified in place")
+        return self.what
 
 
 class _Emptied:
@@ -90,7 +117,7 @@ class Step:
         connection: the sublayer's.
         x: the sublayer's input, as the layer got it; not held once the step belongs to a block.
         y: the sublayer's output as ``Connection.write`` takes it.
-        coefficients: what else ``Connection.write`` takes.
+        gates: those of the sublayer's read; held by the first step of a block, and under the width partition.
         x_by_read: whether x was read by itself, rather than together with the write before.
         following: the next sublayer's connection where its read was fused with this write.
         emptied: the input while its memory is gone.
@@ -99,7 +126,7 @@ class Step:
     connection: Connection
     x: Tensor | None
     y: Tensor
-    coefficients: Tensor | None
+    gates: Gates | None
     x_by_read: bool
     following: Connection | None = None
     emptied: _Emptied | None = None
@@ -121,36 +148,43 @@ class Block:
 
     def __init__(self, start: Tensor, size: int):
         self.size = size
-        self._start = _argument(start)
+        self._start = start.detach()
         self._steps: list[Step] = []
-        self._states: dict[int, Tensor] = {}
+        self._points: dict[int, _Point] = {}
         self._packed, self._unopened = Counter(), Counter()
 
-    def keeping(self, index: int, state: Tensor) -> AbstractContextManager:
-        """Operations inside keep a handle where they would keep this state.
+    @contextmanager
+    def keeping(self) -> Iterator[list[_Kept]]:
+        """Operations inside keep what ``hand_over`` can exchange for handles; gives the list of it.
 
         Around our own operations only: a parameter that passed through such hooks has lost the attributes with which
         Megatron's linear layers find its main gradient.
         """
-        address, elements = state.untyped_storage().data_ptr(), state.numel()
+        everything: list[_Kept] = []
 
-        def pack(tensor: Tensor):
-            same = tensor.untyped_storage().data_ptr() == address and tensor.numel() == elements
-            if same and tensor.is_contiguous():
+        def pack(tensor: Tensor) -> _Kept:
+            everything.append(_Kept(tensor))
+            return everything[-1]
+
+        with saved_tensors_hooks(pack, _Kept.open):
+            yield everything
+
+    def hand_over(self, everything: list[_Kept], index: int, state: Tensor, gates: Gates | None) -> None:
+        """Exchange what an operation kept of a point of this block for handles.
+
+        Args:
+            everything: what ``keeping`` gave.
+            index: the number of the point; the first is kept, and that after the last is another block's.
+            state: the point's state [s, b, N * E].
+            gates: the point's gates, if this block can rebuild them.
+        """
+        if not 0 < index < self.size:
+            return
+        names = {_identity(tensor): name for name, tensor in _Point(state, gates).named().items()}
+        for kept in everything:
+            if isinstance(kept.what, Tensor) and (name := names.get(_identity(kept.what))):
+                kept.what = _Handle(self, index, name, kept.what.shape)
                 self._packed[index] += 1
-                return _Handle(self, index, tensor.shape)
-            # Not the tensor itself: what is an operation's output would hold the operation that holds it.
-            return (tensor if tensor.is_leaf else tensor.detach()), tensor._version
-
-        def unpack(kept):
-            if isinstance(kept, _Handle):
-                return kept.block._open(kept)
-            tensor, version = kept
-            if tensor._version != version:  # with hooks, autograd leaves this to them
-                raise RuntimeError("a tensor that the backward pass needs was modified in place")
-            return tensor
-
-        return saved_tensors_hooks(pack, unpack)
 
     def add(self, step: Step, node: torch.autograd.graph.Node) -> None:
         """One more sublayer, whose input memory is let go.
@@ -159,12 +193,13 @@ class Block:
             step: the sublayer.
             node: computed the state after it, so that its gradient comes before anything of the sublayer's own.
         """
-        index = len(self._steps)
+        index, splits_width = len(self._steps), step.connection.partition.splits_width
         self._steps.append(step)
-        step.y, step.coefficients = _argument(step.y), _argument(step.coefficients)
+        step.y = step.y.detach()
+        holds_gates = step.gates is not None and (index == 0 or splits_width)
+        step.gates = Gates(*(tensor.detach() for tensor in step.gates)) if holds_gates else None
         # Under the width partition X took communication.
-        from_here = step.x_by_read or index > 0
-        if from_here and not step.connection.partition.splits_width and _alone(step.x, step.y):
+        if (step.x_by_read or index > 0) and not splits_width and _alone(step.x, step.y):
             step.emptied = _Emptied(step.x)
             waiting = [self]  # for one backward pass: the graph, and with it this hook, may live on with the loss
 
@@ -176,45 +211,49 @@ class Block:
         step.x = None
 
     def _open(self, handle: _Handle) -> Tensor:
-        state = self._state(handle.index)
+        tensor = self._point(handle.index).named()[handle.name]
         self._unopened[handle.index] -= 1
         self._let_go(handle.index)
-        return state.detach().view(handle.shape)
+        return tensor.view(handle.shape)
 
     def _fill(self, index: int) -> None:
         step = self._steps[index]
         if step.emptied is None:  # filled with its state
             return
-        state = self._state(index)
-        if step.x_by_read:
-            with torch.enable_grad():
-                x, _ = step.connection.read(state)
-            step.fill(x)
-        self._let_go(index)
+        if index > 0:
+            self._point(index)
+            self._let_go(index)
+        else:
+            with torch.no_grad():
+                step.fill(step.connection.read(self._start)[0])
 
-    def _state(self, index: int) -> Tensor:
-        if index == 0:
-            return self._start
-        if index not in self._states:
+    def _point(self, index: int) -> _Point:
+        if index not in self._points:
             self._rebuild()
-        return self._states[index]
+        return self._points[index]
 
     def _let_go(self, index: int) -> None:
         if self._unopened[index] <= 0:
-            self._states.pop(index, None)
+            self._points.pop(index, None)
 
+    @torch.no_grad()
     def _rebuild(self) -> None:
         self._unopened = self._packed.copy()
-        state = self._start
+        state, gates = self._start, self._steps[0].gates
         for index, step in enumerate(self._steps[:-1], 1):
-            with torch.enable_grad():
-                if step.following is None:
-                    next_TNE = step.connection.write(state, step.y, step.coefficients)
+            following = self._steps[index]
+            if step.following is not None:
+                next_TNE, x, gates = step.connection.write_read(state, step.y, gates, step.following)
+                state = next_TNE.view(state.shape)
+                following.fill(x)
+            else:
+                state = step.connection.write(state, step.y, gates).view(state.shape)
+                if step.connection.partition.splits_width:
+                    gates = following.gates
                 else:
-                    next_TNE, x = step.connection.write_read(state, step.y, step.following)
-                    self._steps[index].fill(x)
-            state = _argument(next_TNE.view(state.shape))
-            self._states[index] = state
+                    x, gates = following.connection.read(state)
+                    following.fill(x)
+            self._points[index] = _Point(state, gates)
 
 
 def place_of(state: Tensor, block_size: int | None) -> Place | None:
@@ -242,14 +281,9 @@ def mark_place(state: Tensor, place: Place) -> None:
     state._vwn_mark = _Mark(weakref.ref(place.block), place.index, state._version)
 
 
-def keeping(place: Place | None, state: Tensor) -> AbstractContextManager:
-    """``Block.keeping`` of this place; nothing without one."""
-    return nullcontext() if place is None else place.block.keeping(place.index, state)
-
-
-def _argument(tensor: Tensor | None) -> Tensor | None:
-    """The tensor without its graph, but with its answer to whether it requires a gradient."""
-    return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Equal for views of all of one storage."""
+    return tensor.untyped_storage().data_ptr(), tensor.numel()
 
 
 def _alone(x: Tensor, y: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vwn.ops import dispatch
-from megatron_vwn.ops.parameters import ConnectionParameters
+from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
 Kind = Literal["dynamic", "static"]
 Gate = Literal["tanh", "sigmoid"]
@@ -32,8 +32,8 @@ class Connection(torch.nn.Module):
     a static connection has ``routing`` alone. The paper lets ``weight`` decay and nothing else.
 
     The state may be fp64, fp32, bf16 or fp16, whatever the dtype of the parameters; coefficients and sums are fp32 for
-    half precisions, also under autocast. On a GPU the fused Triton kernels compute and keep H and Y alone for the
-    backward pass; ``write`` computes its coefficients from H again, so ``read`` has nothing to hand over.
+    half precisions, also under autocast. On a GPU the fused Triton kernels compute. ``read`` computes the logits of all
+    k coefficients once; they are kept, with H and Y, for ``write`` and for the backward pass.
 
     Example::
 
@@ -113,16 +113,17 @@ class Connection(torch.nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             torch.nn.init.constant_(parameter, 1.0 if name == "norm" else 0.0)
 
-    def read(self, hidden_states: Tensor) -> Tensor:
-        """The sublayer's input X [..., D] from the state [..., n/m * D], in the state's dtype."""
+    def read(self, hidden_states: Tensor) -> tuple[Tensor, Gates | None]:
+        """The sublayer's input X [..., D] from the state [..., n/m * D], in the state's dtype, and what ``write`` wants
+        back; None for a static connection."""
         h_TNE = self._segments(hidden_states)
         with _without_autocast(h_TNE):
-            x_TD = dispatch.read(h_TNE, self._as_tensors())
-        return x_TD.reshape(*hidden_states.shape[:-1], self.hidden_size)
+            x_TD, gates = dispatch.read(h_TNE, self._as_tensors())
+        return x_TD.reshape(*hidden_states.shape[:-1], self.hidden_size), gates
 
-    def write(self, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """The next state [..., n/m * D] from the state that was read and the sublayer's output [..., D], in the state's
-        dtype."""
+    def write(self, hidden_states: Tensor, output: Tensor, gates: Gates | None) -> Tensor:
+        """The next state [..., n/m * D] from the state that was read, the sublayer's output [..., D] and the gates that
+        ``read`` gave, in the state's dtype."""
         h_TNE = self._segments(hidden_states)
         expected = (*hidden_states.shape[:-1], self.hidden_size)
         if output.shape != expected:
@@ -130,17 +131,18 @@ class Connection(torch.nn.Module):
                 f"the sublayer's output is {list(output.shape)}: make it {list(expected)}, the shape of what was read."
             )
         with _without_autocast(h_TNE):
-            next_TNE = dispatch.write(h_TNE, output.reshape(-1, self.hidden_size), self._as_tensors())
+            next_TNE = dispatch.write(h_TNE, output.reshape(-1, self.hidden_size), gates, self._as_tensors())
         return next_TNE.reshape(hidden_states.shape)
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """``write(hidden_states, sublayer(read(hidden_states)))``: [..., n/m * D] to the same shape.
+        """Read, the sublayer, write: [..., n/m * D] to the same shape.
 
         Args:
             hidden_states: the state.
             sublayer: [..., D] to [..., D], with its own norm and without a residual.
         """
-        return self.write(hidden_states, sublayer(self.read(hidden_states)))
+        x, gates = self.read(hidden_states)
+        return self.write(hidden_states, sublayer(x), gates)
 
     def extra_repr(self) -> str:
         """The arguments, for print()."""

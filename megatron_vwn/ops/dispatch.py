@@ -5,51 +5,30 @@ Both keep to ``ops.reference``; the tests of the kernels compare all of them.
 
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_vwn.ops import eager
-from megatron_vwn.ops.eager import recomputed
-from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
+from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Plan(NamedTuple):
-    """What computes a connection.
-
-    Attributes:
-        implementation: has ``read``, ``write`` and ``write_read``: the kernels, ``eager`` or ``recomputed``.
-        normalizes_input: whether a read does the norm of the sublayer's input, rather than an operation of its own.
-        fuses_write_read: whether one kernel does a write together with the next read.
-    """
-
-    implementation: ModuleType | SimpleNamespace
-    normalizes_input: bool = False
-    fuses_write_read: bool = False
-
-
-def plan(h_TNE: Tensor, p: ConnectionParameters) -> Plan:
-    """Which implementation computes, by the dtype and the kind of device of the state and what p says besides its
-    tensors: the kernels compute on a GPU, or anywhere if asked for (Triton's interpreter)."""
+def implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
+    """What computes a connection, by the dtype and the kind of device of the state and what p says besides its tensors:
+    the module of the kernels on a GPU, or anywhere if asked for (Triton's interpreter), or ``eager``. Both have
+    ``read``, ``write`` and ``write_read``; the gates that one of them made are for itself."""
     wanted = p.kernels == "triton" or (p.kernels == "auto" and h_TNE.is_cuda)
-    # Rows that pad a tile have no norm without an eps.
-    possible = wanted and h_TNE.dtype in _DTYPES and p.eps > 0
+    # Rows that pad a tile have no norm without an eps, and no kernel takes a share of the channels.
+    possible = wanted and h_TNE.dtype in _DTYPES and p.eps > 0 and p.sum_over_ranks is None
     if not possible or why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is not None:
-        return composed(p)
+        return eager
     # Imports Triton, which takes a second and is not everywhere.
     from megatron_vwn.ops.kernels import autograd
-    from megatron_vwn.ops.kernels.geometry import MAX_NORMED_SEGMENTS
 
-    return Plan(autograd, normalizes_input=p.n <= MAX_NORMED_SEGMENTS, fuses_write_read=True)
-
-
-def composed(p: ConnectionParameters) -> Plan:
-    """The plan without kernels."""
-    return Plan(recomputed if p.recompute else eager)
+    return autograd
 
 
 def why_not_kernels(n: int, *, doubly_stochastic: bool) -> str | None:
@@ -70,26 +49,23 @@ def _have_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
-    """X = A_read^T H, or its norm where one is given: the sublayer's input [T, D] in the dtype of h."""
-    return plan(h_TNE, p).implementation.read(h_TNE, p, input_norm)
+def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
+    """X = A_read^T H, the sublayer's input [T, D] in the dtype of h, and the gates that ``write`` wants; None if p is
+    static."""
+    return implementation(h_TNE, p).read(h_TNE, p)
 
 
-def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
-    """H' = B^T Y + A_carry^T H: the next state [T, N, E] in the dtype of h."""
-    return plan(h_TNE, p).implementation.write(h_TNE, y_TD, p)
+def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
+    """H' = B^T Y + A_carry^T H: the next state [T, N, E] in the dtype of h; ``gates`` are what the read of h gave."""
+    return implementation(h_TNE, p).write(h_TNE, y_TD, gates, p)
 
 
 def write_read(
-    h_TNE: Tensor,
-    y_TD: Tensor,
-    p: ConnectionParameters,
-    p_next: ConnectionParameters,
-    input_norm: InputNorm | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The write of one connection and the read of the next: H' [T, N, E] and X [T, D], or X's norm where one is given,
+    h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters, p_next: ConnectionParameters
+) -> tuple[Tensor, Tensor, Gates | None]:
+    """The write of one connection and the read of the next at once: H' [T, N, E], X [T, D] and the gates of the next,
     in the dtype of h."""
-    return plan(h_TNE, p).implementation.write_read(h_TNE, y_TD, p, p_next, input_norm)
+    return implementation(h_TNE, p).write_read(h_TNE, y_TD, gates, p, p_next)
 
 
 def group_norm(

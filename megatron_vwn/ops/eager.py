@@ -1,135 +1,291 @@
-"""The connection composed of ordinary torch operations: what runs where no kernel does, and under every partition.
+"""The connection by torch operations: what runs where no kernel does, and under every partition.
 
-It differs from ``ops.reference`` in two ways. Only deviations from the initial pattern are multiplied, C = H + dA^T H,
-so the stream of a freshly initialised model is copied exactly and low-precision products round only the small part.
-And a coefficient is computed in stages, because under the width partition a rank sees only some channels of each
-segment:
+It computes what ``ops.reference`` says with few temporaries: one product for all logits of a state, one operation for
+the coefficients, batched products for the mixes. ``read``, ``write`` and ``write_read`` are one autograd function,
+which keeps H, Y and the gates, because its backward pass can add every part of a gradient in place where autograd would
+make a tensor of each.
 
-    projection   sum over the rank's channels of h^2 and of h (g o W)     summed over ranks by the caller
-    deviations   logits, gate and static part, minus the initial pattern  identical on all ranks
-    mixing       products along the segments                              local to the channels again
+The backward pass of a state H', with G its whole gradient (c: coefficients, z: logits, dz: gradient of the products
+with W, rho: 1/rms):
 
-``read`` and ``write`` chain the stages for a stream that is whole in its channels. ``recomputed`` has the same
-functions for stream recompute: they keep their arguments alone for the backward pass, and compute the rest again.
+    dc_read = H' dX^T                               the write has put the other columns into the gates' gradient
+    dz      = dc o dc/dz rho / tau                  and so dA, dS, dW = H'^T dz
+    G       = dH' + A_read dX + dz W^T - (sum_K (dc o dc/dz) z) rho^2 / E  o  H'
+    dH      = A_carry G,  dY = B G,  dc_carry = H G^T,  dc_write = G Y^T
+
+Under the width partition a rank holds some channels of each segment: sums over channels, and the gradient of the
+coefficients, are then summed over its ranks (``ConnectionParameters.sum_over_ranks``), and nothing else is.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from megatron_vwn.ops.parameters import (
     SINKHORN_KAPPA,
     ConnectionParameters,
-    InputNorm,
+    Gates,
     accumulation_dtype,
     initial_pattern,
 )
 from megatron_vwn.ops.reference import sinkhorn
 
 
-def project(h_TNE: Tensor, p: ConnectionParameters, columns: slice) -> Tensor:
-    """Sums over E from which the logits follow: [T, N, 1 + K'], first h^2, then h (norm o W) of the chosen columns."""
-    h_TNE = h_TNE.to(accumulation_dtype(h_TNE.dtype))
-    weight_EK = p.norm_E.to(h_TNE.dtype)[:, None] * p.weight_EK[:, columns].to(h_TNE.dtype)
-    return torch.cat([h_TNE.square().sum(-1, keepdim=True), h_TNE @ weight_EK], dim=-1)
+def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
+    """X = A_read^T H, [T, D] in the dtype of h, and the gates for the write."""
+    _, x_TD, *gates = _Boundary.apply(None, _without_tensors(p), h_TNE, None, None, None, None, *_learned(p))
+    return x_TD, _as_gates(gates)
 
 
-def deviations(sums_TNK: Tensor | None, p: ConnectionParameters, columns: slice, segment_size: int) -> Tensor:
-    """Coefficients minus their initial pattern for the chosen columns.
-
-    Args:
-        sums_TNK: what ``project`` gave, summed over all channels; None for a static connection.
-        p: the connection.
-        columns: a slice of K.
-        segment_size: E of the whole segment, in channels.
-
-    Returns:
-        [T, N, K'], or [N, K'] for a static connection, in the accumulation dtype.
-    """
-    return _project_carry(_unprojected(sums_TNK, p, columns, segment_size), p, columns)
-
-
-def _unprojected(sums_TNK: Tensor | None, p: ConnectionParameters, columns: slice, segment_size: int) -> Tensor:
-    routing_NK = p.routing_NK[:, columns]
-    if sums_TNK is None:
-        return routing_NK.to(accumulation_dtype(routing_NK.dtype))
-    routing_NK = routing_NK.to(sums_TNK.dtype)
-    scale_NK = 1 + p.scale_NK[:, columns].to(sums_TNK.dtype)
-    rms_TN1 = (sums_TNK[..., :1] / segment_size + p.eps).sqrt()
-    logits_TNK = sums_TNK[..., 1:] / (rms_TN1 * math.sqrt(segment_size))
-    if p.gate == "tanh":
-        return scale_NK * torch.tanh(logits_TNK) + routing_NK
-    pattern_NK = initial_pattern(p.m, p.n, p.num_carry, dtype=sums_TNK.dtype, device=sums_TNK.device)[:, columns]
-    # 2 sigmoid(z) - 1 = tanh(z / 2): the deviation of the gate from one, without cancellation.
-    gate_TNK = torch.tanh(0.5 * scale_NK * logits_TNK)
-    return pattern_NK * gate_TNK + routing_NK * (1 + gate_TNK)
-
-
-def _project_carry(deviation_TNK: Tensor, p: ConnectionParameters, columns: slice) -> Tensor:
-    """Make the carry among the chosen columns doubly stochastic, if the connection's is.
-
-    The Sinkhorn iterations are computed again in the backward pass: 40 matrices of every token would be kept otherwise.
-    """
-    if not p.doubly_stochastic or columns.stop <= p.m:
-        return deviation_TNK
-    read, carry_TNN, write = deviation_TNK.split([p.m - columns.start, p.n, p.m], dim=-1)
-    identity_NN = torch.eye(p.n, dtype=carry_TNN.dtype, device=carry_TNN.device)
-    logits_TNN = SINKHORN_KAPPA * identity_NN + carry_TNN
-    carry_TNN = checkpoint(sinkhorn, logits_TNN, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([read, carry_TNN - identity_NN, write], dim=-1)
-
-
-def mix_read(h_TNE: Tensor, deviation_TNM: Tensor, p: ConnectionParameters) -> Tensor:
-    """X_i = H_i + sum_j dA[j, i] H_j as [T, M, E], in the dtype of h."""
-    h = h_TNE.to(deviation_TNM.dtype)
-    return (h[:, : p.m] + deviation_TNM.transpose(-1, -2) @ h).to(h_TNE.dtype)
-
-
-def mix_write(h_TNE: Tensor, y_TME: Tensor, deviation_TNK: Tensor, p: ConnectionParameters) -> Tensor:
-    """H'_j = H_j + Y_(j mod m) + sum_i dA[i, j] H_i + sum_i dB[i, j] Y_i as [T, N, E], in the dtype of h."""
-    h, y = h_TNE.to(deviation_TNK.dtype), y_TME.to(deviation_TNK.dtype)
-    carry_TNN, write_TNM = deviation_TNK.split([p.num_carry, p.m], dim=-1)
-    out = h + tile(y, p.n) + write_TNM @ y
-    if p.num_carry:
-        out = out + carry_TNN.transpose(-1, -2) @ h
-    return out.to(h_TNE.dtype)
-
-
-def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
-    """X = A_read^T H of a whole stream, or its norm: [T, D] in the dtype of h."""
-    sums_TNK = project(h_TNE, p, p.read_columns) if p.dynamic else None
-    x_TD = mix_read(h_TNE, deviations(sums_TNK, p, p.read_columns, h_TNE.shape[-1]), p).flatten(1)
-    return x_TD if input_norm is None else normalize_input(x_TD, input_norm)
-
-
-def normalize_input(x_TD: Tensor, input_norm: InputNorm) -> Tensor:
-    """The norm of a sublayer's input as an operation of its own: [T, D] in the dtype of x."""
-    normed_TD = torch.nn.functional.rms_norm(x_TD, x_TD.shape[-1:], input_norm.weight_D, input_norm.eps)
-    return normed_TD.to(x_TD.dtype)
-
-
-def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
-    """H' = B^T Y + A_carry^T H of a whole stream: [T, N, E] in the dtype of h."""
-    sums_TNK = project(h_TNE, p, p.write_columns) if p.dynamic else None
-    deviation_TNK = deviations(sums_TNK, p, p.write_columns, h_TNE.shape[-1])
-    return mix_write(h_TNE, y_TD.unflatten(-1, (p.m, -1)), deviation_TNK, p)
+def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
+    """H' = B^T Y + A_carry^T H, [T, N, E] in the dtype of h."""
+    written = (_without_tensors(p), None, h_TNE, y_TD, gates and gates.logits_TNK, p.routing_NK, p.scale_NK)
+    return _Boundary.apply(*written, None, None, None, None)[0]
 
 
 def write_read(
-    h_TNE: Tensor,
-    y_TD: Tensor,
-    p: ConnectionParameters,
-    p_next: ConnectionParameters,
-    input_norm: InputNorm | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The write of one connection and the read of the next."""
-    next_TNE = write(h_TNE, y_TD, p)
-    return next_TNE, read(next_TNE, p_next, input_norm)
+    h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters, p_next: ConnectionParameters
+) -> tuple[Tensor, Tensor, Gates | None]:
+    """The write of one connection and the read of the next: H', X and the next one's gates."""
+    shapes = _without_tensors(p), _without_tensors(p_next)
+    written = (h_TNE, y_TD, gates and gates.logits_TNK, p.routing_NK, p.scale_NK)
+    out_TNE, x_TD, *gates = _Boundary.apply(*shapes, *written, *_learned(p_next))
+    return out_TNE, x_TD, _as_gates(gates)
+
+
+def logits(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Tensor]:
+    """z = RMSNorm(H) W / tau of all columns, [T, N, K], and 1/rms, [T, N], of a state in the accumulation dtype."""
+    tokens, n, segment = h_TNE.shape
+    rows_RE = h_TNE.reshape(-1, segment)
+    squares_R, z_RK = torch.linalg.vector_norm(rows_RE, dim=1).square(), rows_RE @ _scaled_weight(p, h_TNE.dtype)
+    if p.sum_over_ranks is not None:
+        sums = p.sum_over_ranks(torch.cat([squares_R[:, None], z_RK], dim=1))
+        squares_R, z_RK = sums[:, 0], sums[:, 1:]
+    whole = segment * p.ranks
+    inverse_R = torch.rsqrt(squares_R / whole + p.eps)
+    z_RK = z_RK * (inverse_R / math.sqrt(whole))[:, None]
+    return z_RK.unflatten(0, (tokens, n)), inverse_R.view(tokens, n)
+
+
+def coefficients(logits_TNK: Tensor | None, p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
+    """[A_read | A_carry | B^T] from the logits of all columns, in this accumulation dtype.
+
+    Returns:
+        [T, N, K], or [1, N, K] for a static connection, whose logits are None.
+    """
+    raw_TNK = _raw(p, None if logits_TNK is None else _gate(logits_TNK.to(dtype), p), dtype)
+    if not p.doubly_stochastic:
+        return raw_TNK
+    read_TNM, carry_TNN, write_TNM = raw_TNK.split([p.m, p.num_carry, p.m], dim=-1)
+    return torch.cat([read_TNM, _doubly_stochastic(carry_TNN), write_TNM], dim=-1)
+
+
+class _Boundary(torch.autograd.Function):
+    """A write by ``this`` connection, a read by ``following``, or both; None for the one that is not there."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        this: ConnectionParameters | None,
+        following: ConnectionParameters | None,
+        h_TNE: Tensor,
+        y_TD: Tensor | None,
+        z_TNK: Tensor | None,
+        routing_NK: Tensor | None,
+        scale_NK: Tensor | None,
+        *learned: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        dtype, out_TNE, x_TD, z_next_TNK, inverse_TN = h_TNE.dtype, None, None, None, None
+        h = state = h_TNE.to(accumulation_dtype(dtype))
+        if this is not None:
+            p = this._replace(routing_NK=routing_NK, scale_NK=scale_NK)
+            carry_TNN, write_TNM = _written(z_TNK, p, h)
+            y_TME = y_TD.to(h.dtype).unflatten(-1, (p.m, -1))
+            state = torch.bmm(carry_TNN.mT, h) if p.num_carry else h.clone()
+            out_TNE = state.baddbmm_(write_TNM, y_TME).to(dtype)
+            state = out_TNE.to(h.dtype)
+        if following is not None:
+            q = _with(following, learned)
+            if q.dynamic:
+                z_next_TNK, inverse_TN = logits(state, q)
+                z_next_TNK = z_next_TNK.to(dtype)
+            # The logits as they are kept: the backward pass has no others.
+            x_TD = torch.bmm(_part(z_next_TNK, q, state, slice(0, q.m)).mT, state).flatten(1).to(dtype)
+        ctx.this, ctx.following = this, following
+        # Nobody but a read needs the state that was written.
+        next_TNE = None if following is None else out_TNE
+        ctx.save_for_backward(h_TNE, y_TD, z_TNK, routing_NK, scale_NK, next_TNE, z_next_TNK, inverse_TN, *learned)
+        ctx.set_materialize_grads(False)
+        if inverse_TN is not None:
+            ctx.mark_non_differentiable(inverse_TN)
+        return out_TNE, x_TD, z_next_TNK, inverse_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_TNE: Tensor | None, dx_TD: Tensor | None, dc_next_TNK: Tensor | None, _inverse: None):
+        h_TNE, y_TD, z_TNK, routing_NK, scale_NK, out_TNE, z_next_TNK, inverse_TN, *learned = ctx.saved_tensors
+        dtype, h = h_TNE.dtype, h_TNE.to(accumulation_dtype(h_TNE.dtype))
+        g_TNE = None if dout_TNE is None else dout_TNE.to(h.dtype)
+        gradients = [None] * 4
+        if ctx.following is not None:
+            q = _with(ctx.following, learned)
+            state = h if ctx.this is None else out_TNE.to(h.dtype)
+            dx_TME = state.new_zeros(()).expand(state.shape[0], q.m, state.shape[-1])
+            if dx_TD is not None:
+                dx_TME = dx_TD.to(h.dtype).unflatten(-1, (q.m, -1))
+            g_TNE, gradients = _read_backward(state, g_TNE, dx_TME, dc_next_TNK, z_next_TNK, inverse_TN, q)
+        if ctx.this is None:
+            return None, None, g_TNE.to(dtype), None, None, None, None, *gradients
+        p = ctx.this._replace(routing_NK=routing_NK, scale_NK=scale_NK)
+        if g_TNE is None:
+            g_TNE = torch.zeros_like(h)
+        y_TME = y_TD.to(h.dtype).unflatten(-1, (p.m, -1))
+        carry_TNN, write_TNM = _written(z_TNK, p, h)
+        parts = [h.new_zeros(()).expand(*h.shape[:2], p.m), torch.bmm(g_TNE, y_TME.mT)]
+        if p.num_carry:
+            parts.insert(1, torch.bmm(h, g_TNE.mT))
+        dc_TNK = torch.cat(parts, dim=-1)
+        dh_TNE = torch.bmm(carry_TNN, g_TNE) if p.num_carry else g_TNE
+        dy_TD = torch.bmm(write_TNM.mT, g_TNE).flatten(1).to(y_TD.dtype)
+        drouting_NK = None
+        if z_TNK is None:
+            drouting_NK = _static_gradient(dc_TNK, p).to(routing_NK.dtype)
+            dc_TNK = None
+        else:
+            dc_TNK = dc_TNK.to(z_TNK.dtype)
+        return None, None, dh_TNE.to(dtype), dy_TD, dc_TNK, drouting_NK, None, *gradients
+
+
+def _read_backward(
+    state_TNE: Tensor,
+    dout_TNE: Tensor | None,
+    dx_TME: Tensor,
+    dc_TNK: Tensor | None,
+    z_TNK: Tensor | None,
+    inverse_TN: Tensor | None,
+    q: ConnectionParameters,
+) -> tuple[Tensor, list[Tensor | None]]:
+    # The whole gradient of a state, and those of the learned tensors of the connection that reads it.
+    dtype = state_TNE.dtype
+    z_TNK = None if z_TNK is None else z_TNK.to(dtype)
+    gate_TNK = None if z_TNK is None else _gate(z_TNK, q)
+    raw_TNK = _raw(q, gate_TNK, dtype)
+    read_TNM = raw_TNK[..., : q.m].expand(state_TNE.shape[0], -1, -1)
+    rest_TNK = None if dc_TNK is None else dc_TNK[..., q.m :].to(dtype)
+    if rest_TNK is None:
+        rest_TNK = state_TNE.new_zeros(()).expand(*state_TNE.shape[:2], q.num_carry + q.m)
+    dc_TNK = torch.cat([torch.bmm(state_TNE, dx_TME.mT), rest_TNK], dim=-1)
+    g_TNE = torch.bmm(read_TNM, dx_TME) if dout_TNE is None else torch.baddbmm(dout_TNE, read_TNM, dx_TME)
+    if z_TNK is None:
+        return g_TNE, [_static_gradient(dc_TNK, q).to(q.routing_NK.dtype), None, None, None]
+    if q.sum_over_ranks is not None:
+        dc_TNK = q.sum_over_ranks(dc_TNK)
+    dc_TNK = _before_sinkhorn(dc_TNK, raw_TNK, q)
+    scale_NK = 1 + q.scale_NK.to(dtype)
+    if q.gate == "tanh":
+        drouting_NK, dscale_NK = dc_TNK.sum(0), (dc_TNK * gate_TNK).sum(0)
+        dlogits_TNK = torch.addcmul(dc_TNK, dc_TNK * gate_TNK, gate_TNK, value=-1).mul_(scale_NK)
+    else:
+        drouting_NK = torch.addcmul(dc_TNK, dc_TNK, gate_TNK).sum(0)
+        half_TNK = dc_TNK * (0.5 * _static(q, dtype)) * (1 - gate_TNK.square())
+        dscale_NK, dlogits_TNK = (half_TNK * z_TNK).sum(0), half_TNK * scale_NK
+    segment = state_TNE.shape[-1] * q.ranks
+    shrink_TN = torch.linalg.vecdot(dlogits_TNK, z_TNK).mul_(inverse_TN.square() / -segment)
+    dz_RK = dlogits_TNK.mul_((inverse_TN / math.sqrt(segment))[..., None]).flatten(0, 1)
+    g_TNE.view(-1, g_TNE.shape[-1]).addmm_(dz_RK, _scaled_weight(q, dtype).T)
+    g_TNE.addcmul_(state_TNE, shrink_TN[..., None])
+    dscaled_EK = (dz_RK.T @ state_TNE.reshape(-1, state_TNE.shape[-1])).T
+    gradients = [
+        drouting_NK,
+        dscale_NK,
+        dscaled_EK * q.norm_E.to(dtype)[:, None],
+        torch.linalg.vecdot(dscaled_EK, q.weight_EK.to(dtype)),
+    ]
+    return g_TNE, [gradient.to(t.dtype) for gradient, t in zip(gradients, _learned(q), strict=True)]
+
+
+def _scaled_weight(p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
+    # (h g / rms) W = h (g o W) / rms: the norm's weight costs nothing per token.
+    return p.norm_E.to(dtype)[:, None] * p.weight_EK.to(dtype)
+
+
+def _static(p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
+    pattern_NK = initial_pattern(p.m, p.n, p.num_carry, dtype=dtype, device=p.routing_NK.device)
+    return pattern_NK + p.routing_NK.to(dtype)
+
+
+def _gate(z_TNK: Tensor, p: ConnectionParameters, columns: slice = slice(None)) -> Tensor:
+    # tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns. By the sigmoid, which is four times as fast on a
+    # CPU as torch's tanh: its absolute error of 1e-7 is that of rounding the coefficient, and none where z = 0.
+    scale = 2 if p.gate == "tanh" else 1 + p.scale_NK[:, columns].to(z_TNK.dtype)
+    return (z_TNK[..., columns] * scale).sigmoid_().mul_(2).sub_(1)
+
+
+def _raw(p: ConnectionParameters, gate_TNK: Tensor | None, dtype: torch.dtype, columns: slice = slice(None)) -> Tensor:
+    # Coefficients of some columns from their gates, before the carry is made doubly stochastic.
+    static_NK = _static(p, dtype)[:, columns]
+    if gate_TNK is None:
+        return static_NK[None]
+    if p.gate == "tanh":
+        return torch.addcmul(static_NK, 1 + p.scale_NK[:, columns].to(dtype), gate_TNK)
+    return torch.addcmul(static_NK, static_NK, gate_TNK)
+
+
+def _part(z_TNK: Tensor | None, p: ConnectionParameters, h_TNE: Tensor, columns: slice) -> Tensor:
+    # Coefficients of some columns for each token of h: no more gates than are asked for.
+    gate_TNK = None if z_TNK is None else _gate(z_TNK.to(h_TNE.dtype), p, columns)
+    return _raw(p, gate_TNK, h_TNE.dtype, columns).expand(h_TNE.shape[0], -1, -1)
+
+
+def _written(z_TNK: Tensor | None, p: ConnectionParameters, h_TNE: Tensor) -> tuple[Tensor, Tensor]:
+    # A_carry and B^T of each token of h.
+    carry_TNN, write_TNM = _part(z_TNK, p, h_TNE, slice(p.m, None)).split([p.num_carry, p.m], dim=-1)
+    return (_doubly_stochastic(carry_TNN) if p.doubly_stochastic else carry_TNN), write_TNM
+
+
+def _doubly_stochastic(raw_TNN: Tensor) -> Tensor:
+    identity_NN = torch.eye(raw_TNN.shape[-1], dtype=raw_TNN.dtype, device=raw_TNN.device)
+    return sinkhorn((SINKHORN_KAPPA - 1) * identity_NN + raw_TNN)
+
+
+def _before_sinkhorn(dc_TNK: Tensor, raw_TNK: Tensor, p: ConnectionParameters) -> Tensor:
+    # The gradient of the coefficients before the carry was made doubly stochastic. The rounds of Sinkhorn are computed
+    # again: 40 matrices of every token would be kept otherwise.
+    if not p.doubly_stochastic:
+        return dc_TNK
+    carry = slice(p.m, p.m + p.n)
+    with torch.enable_grad():
+        raw_TNN = raw_TNK[..., carry].detach().requires_grad_()
+        (dcarry_TNN,) = torch.autograd.grad(_doubly_stochastic(raw_TNN), raw_TNN, dc_TNK[..., carry])
+    return torch.cat([dc_TNK[..., : p.m], dcarry_TNN, dc_TNK[..., carry.stop :]], dim=-1)
+
+
+def _static_gradient(dc_TNK: Tensor, p: ConnectionParameters) -> Tensor:
+    dc_1NK = dc_TNK.sum(0, keepdim=True)
+    if p.sum_over_ranks is not None:
+        dc_1NK = p.sum_over_ranks(dc_1NK)
+    return _before_sinkhorn(dc_1NK, _raw(p, None, dc_1NK.dtype), p)[0]
+
+
+def _learned(p: ConnectionParameters) -> tuple[Tensor | None, ...]:
+    return p.routing_NK, p.scale_NK, p.weight_EK, p.norm_E
+
+
+def _with(p: ConnectionParameters, learned: list[Tensor | None]) -> ConnectionParameters:
+    routing_NK, scale_NK, weight_EK, norm_E = learned
+    return p._replace(routing_NK=routing_NK, scale_NK=scale_NK, weight_EK=weight_EK, norm_E=norm_E)
+
+
+def _without_tensors(p: ConnectionParameters) -> ConnectionParameters:
+    # Autograd sees tensors that are arguments, and a node must not hold others.
+    return _with(p, [None] * 4)
+
+
+def _as_gates(gates: list[Tensor | None]) -> Gates | None:
+    return None if gates[0] is None else Gates(*gates)
 
 
 def tile(x_TME: Tensor, n: int) -> Tensor:
@@ -174,21 +330,3 @@ def group_norm(
     mean_square_TG11 = total(h_TGME.square().sum((-2, -1), keepdim=True)) / channels
     normed_TNE = (h_TGME * torch.rsqrt(mean_square_TG11 + eps)).flatten(1, 2) * weight_NE.to(h_TGME.dtype)
     return normed_TNE if bias_NE is None else normed_TNE + bias_NE.to(h_TGME.dtype)
-
-
-def _recomputed(function: Callable) -> Callable:
-    # Nothing in a connection is random.
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-
-
-# Autograd keeps many intermediates of the functions above: the state in fp32, its squares' sums, logits, gates,
-# deviations. The kernels keep H and Y; so do these. ``torch.utils.checkpoint`` fills the nodes of the same graph again,
-# so gradients are the same to the bit, where an ``autograd.Function`` of our own would add the parts of dH in another
-# order. On a CPU a read and a write take 40 to 80 % longer, so only who asks for stream recompute gets these. None of
-# them communicates: under the width partition the caller sums over ranks between the stages.
-recomputed = SimpleNamespace(
-    **{
-        function.__name__: _recomputed(function)
-        for function in (read, write, write_read, project, deviations, mix_read, mix_write)
-    }
-)

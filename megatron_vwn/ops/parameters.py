@@ -11,6 +11,7 @@ Shape suffixes:
 ``h_TNE`` is the over-width state with E contiguous, ``x_TD`` and ``y_TD`` are a sublayer's input and output.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +34,9 @@ class ConnectionParameters(NamedTuple):
         weight_EK: [W_a_read | W_a_carry | W_b]; None for a static connection.
         norm_E: RMSNorm weight itself, initially ones; None for a static connection.
         doubly_stochastic: whether the carry is the Sinkhorn projection of what would else be added to the identity.
-        recompute: whether torch operations keep their arguments alone for the backward pass, as the kernels do.
+        sum_over_ranks: sums a tensor, in place, over the ranks that share the channels of each segment (the width
+            partition); None where a rank has them all.
+        ranks: how many they are.
         kernels: what computes: "triton", "torch", or "auto" for Triton wherever it can.
     """
 
@@ -46,7 +49,8 @@ class ConnectionParameters(NamedTuple):
     weight_EK: Tensor | None = None
     norm_E: Tensor | None = None
     doubly_stochastic: bool = False
-    recompute: bool = False
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    ranks: int = 1
     kernels: Literal["auto", "triton", "torch"] = "auto"
 
     @property
@@ -58,28 +62,6 @@ class ConnectionParameters(NamedTuple):
     def num_carry(self) -> int:
         """n, or 0 where the carry is the identity."""
         return self.routing_NK.shape[1] - 2 * self.m
-
-    @property
-    def read_columns(self) -> slice:
-        """Columns of K that form A_read."""
-        return slice(0, self.m)
-
-    @property
-    def write_columns(self) -> slice:
-        """Columns of K that form A_carry and B^T: all that a write needs."""
-        return slice(self.m, self.m + self.num_carry + self.m)
-
-
-class InputNorm(NamedTuple):
-    """RMSNorm of a sublayer's input over all D channels, x / sqrt(mean x^2 + eps) o weight, for the read to do.
-
-    Attributes:
-        weight_D: the norm's weight itself.
-        eps: added to the mean square.
-    """
-
-    weight_D: Tensor
-    eps: float
 
 
 class Gates(NamedTuple):

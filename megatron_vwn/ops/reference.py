@@ -16,14 +16,13 @@ from megatron_vwn.ops.parameters import (
     SINKHORN_ITERATIONS,
     SINKHORN_KAPPA,
     ConnectionParameters,
-    InputNorm,
     accumulation_dtype,
     initial_pattern,
 )
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis: the channels of each segment of H [T, N, E], or all of an X [T, D]."""
+    """RMSNorm over the last axis: the channels of each segment of H [T, N, E]."""
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -68,15 +67,12 @@ def sinkhorn(logits_TNN: Tensor) -> Tensor:
     return a_TNN
 
 
-def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
-    """X = A_read^T H, or its RMSNorm over D: the sublayer's input [T, D], in the dtype of h."""
+def read(h_TNE: Tensor, p: ConnectionParameters) -> Tensor:
+    """X = A_read^T H: the sublayer's input [T, D], in the dtype of h."""
     dtype = h_TNE.dtype
     h_TNE = h_TNE.to(accumulation_dtype(dtype))
     a_read_TNM, _, _ = routing(h_TNE, p)
-    x_TD = (a_read_TNM.transpose(1, 2) @ h_TNE).flatten(1)
-    if input_norm is not None:
-        x_TD = rms_norm(x_TD, input_norm.weight_D.to(x_TD.dtype), input_norm.eps)
-    return x_TD.to(dtype)
+    return (a_read_TNM.transpose(1, 2) @ h_TNE).flatten(1).to(dtype)
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:

@@ -80,19 +80,24 @@ class StreamPartition:
     def sum_over_channels(self, partial: Tensor) -> Tensor:
         """Complete sums over E. Forward: sum over ranks. Backward: identity.
 
-        What follows (``complete_gradient``) makes the gradient of the sum complete on every rank, and each rank's
-        partial sum enters it with weight one; summing once more would count it TP times.
+        Where what follows makes the gradient of the sum complete on every rank, each rank's partial sum enters it with
+        weight one; summing once more would count it TP times.
         """
         return reduce_from_tensor_model_parallel_region(partial, self.group) if self.splits_width else partial
 
-    def complete_gradient(self, coefficients: Tensor) -> Tensor:
-        """Forward: identity. Backward: sum over ranks.
+    def complete_gradient(self, shared: Tensor) -> Tensor:
+        """Of what every rank uses for its own channels. Forward: identity. Backward: sum over ranks."""
+        return copy_to_tensor_model_parallel_region(shared, self.group) if self.splits_width else shared
 
-        Put on the COEFFICIENTS, which mix only this rank's channels: their gradient is partial on each rank. Behind
-        this point dS, dA, dB, dW, dg and dH are all exact; with the sum placed on the logits, dS, dA and dB would stay
-        partial.
+    def sum_in_place(self, partial: Tensor) -> Tensor:
+        """A sum over ranks outside of autograd, for ``ConnectionParameters.sum_over_ranks``.
+
+        A connection's forward pass sums (squares, H gW), its backward pass the gradient of the COEFFICIENTS, which mix
+        only this rank's channels. Behind that point dS, dA, dB, dW, dg and dH are all exact; with the sum placed on the
+        logits, dS, dA and dB would stay partial.
         """
-        return copy_to_tensor_model_parallel_region(coefficients, self.group) if self.splits_width else coefficients
+        torch.distributed.all_reduce(partial, group=self.group)
+        return partial
 
     def total(self, partial: Tensor) -> Tensor:
         """A sum over ranks that every rank then uses for its own channels: summed forward and backward."""

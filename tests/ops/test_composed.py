@@ -7,8 +7,8 @@ from ops.connections import KINDS, PAIRS, connection, gradients, leaves, state_a
 from megatron_vwn.ops import eager, reference
 
 # fp64: rounding alone. fp32: sums over n*E <= 512 terms of rounding 6e-8 each.
-# bf16: inputs and outputs carry 2^-9 each; coefficients and sums are fp32.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# bf16: inputs, outputs, logits and gradients of coefficients carry 2^-9 each, through two connections; sums are fp32.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def relative_error(actual, expected):
@@ -22,18 +22,31 @@ def test_output_and_gradients(m, n, kind, dtype):
     segment, tokens = 8, 7
     p = connection(m, n, segment, **KINDS[kind], dtype=dtype)
     h, y = state_and_output(tokens, p, segment, dtype=dtype)
-    actual = {"x": eager.read(h, p), "h'": eager.write(h, y, p)}
-    inputs = {"h": h, "y": y, **leaves(p)}
+    q = connection(m, n, segment, **KINDS[kind], dtype=dtype, seed=9)
+    following = {f"next {name}": leaf for name, leaf in leaves(q).items()}
+    x, gates = eager.read(h, p)
+    out, next_x, next_gates = eager.write_read(h, y, gates, p, q)
+    actual = {"x": x, "h'": out, "next x": next_x, "h''": eager.write(out, y, next_gates, q)}
+    inputs = {"h": h, "y": y, **leaves(p), **following}
     actual_gradients = gradients(actual.values(), inputs)
 
     exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-    q = p._replace(
-        routing_NK=exact["routing"],
-        scale_NK=exact.get("scale"),
-        weight_EK=exact.get("weight"),
-        norm_E=exact.get("norm"),
+    p, q = (
+        c._replace(
+            routing_NK=exact[f"{prefix}routing"],
+            scale_NK=exact.get(f"{prefix}scale"),
+            weight_EK=exact.get(f"{prefix}weight"),
+            norm_E=exact.get(f"{prefix}norm"),
+        )
+        for c, prefix in ((p, ""), (q, "next "))
     )
-    expected = {"x": reference.read(exact["h"], q), "h'": reference.write(exact["h"], exact["y"], q)}
+    between = reference.write(exact["h"], exact["y"], p)
+    expected = {
+        "x": reference.read(exact["h"], p),
+        "h'": between,
+        "next x": reference.read(between, q),
+        "h''": reference.write(between, exact["y"], q),
+    }
     expected_gradients = gradients(expected.values(), exact)
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     errors |= {f"d{name}": relative_error(actual_gradients[name], expected_gradients[name]) for name in inputs}
@@ -47,7 +60,7 @@ def test_bf16_keeps_what_the_stream_already_holds(carry):
     p = connection(2, 4, 32, carry=carry, dtype=torch.bfloat16, std=0.0)
     p = p._replace(routing_NK=torch.full_like(p.routing_NK, 1e-3))
     h, _ = (t.detach() for t in state_and_output(5, p, 32, dtype=torch.bfloat16))
-    change = eager.read(h, p).double() - h[:, :2].flatten(1).double()
+    change = eager.read(h, p)[0].double() - h[:, :2].flatten(1).double()
     expected = (1e-3 * h.double().sum(1, keepdim=True)).expand(-1, 2, -1).flatten(1)
     # Rounding the sum to bf16 may lose at most half a unit in the last place of x.
     half_ulp = h[:, :2].flatten(1).double().abs() * 2.0**-8
@@ -75,7 +88,11 @@ def test_group_norm(with_bias):
 def test_empty_and_non_contiguous_inputs():
     p = connection(2, 6, 4)
     h, y = (t.detach() for t in state_and_output(4, p, 4))
-    assert eager.write(h[:0], y[:0], p).shape == (0, 6, 4) and eager.read(h[:0], p).shape == (0, 8)
+    x, gates = eager.read(h[:0], p)
+    assert x.shape == (0, 8) and eager.write(h[:0], y[:0], gates, p).shape == (0, 6, 4)
     strided = h.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
-    torch.testing.assert_close(eager.write(strided, y, p), eager.write(h, y, p), rtol=0, atol=0)
+    (x, gates), (expected_x, expected_gates) = eager.read(strided, p), eager.read(h, p)
+    torch.testing.assert_close(x, expected_x, rtol=0, atol=0)
+    expected = eager.write(h, y, expected_gates, p)
+    torch.testing.assert_close(eager.write(strided, y, gates, p), expected, rtol=0, atol=0)

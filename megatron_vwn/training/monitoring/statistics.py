@@ -4,7 +4,6 @@ A connection is observed with the very state that its sublayer read. Its coeffic
 ``ops.eager`` whatever computes the model, so nothing of the model's own computation is touched or kept.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megatron_vwn.modules.connection import Connection
 from megatron_vwn.ops import ConnectionParameters, eager
+from megatron_vwn.ops.parameters import initial_pattern
 from megatron_vwn.parallel.partition import StreamPartition
 from megatron_vwn.training.monitoring.snapshot import SATURATED, Place
 
@@ -44,38 +44,32 @@ def observe(connection: Connection, hidden_states: Tensor) -> Observation:
         connection: of the sublayer.
         hidden_states: this rank's state [s, b, N * E] that the sublayer read.
     """
-    p, everything = connection(), slice(0, connection.num_coefficients)
+    p = connection()
     h_TNE = connection.segments(hidden_states)
     constant = p._replace(weight_EK=None, scale_NK=None, norm_E=None)
-    static_NK = eager.deviations(None, constant, everything, connection.segment_size).double()
+    dtype = eager.accumulation_dtype(h_TNE.dtype)
+    constant_NK = eager.coefficients(None, constant, dtype)[0]
+    pattern_NK = initial_pattern(p.m, p.n, p.num_carry, dtype=dtype, device=h_TNE.device)
+    static_NK = (constant_NK - pattern_NK).double()
     numbers = torch.zeros(2, dtype=torch.float64, device=h_TNE.device)
     dynamic_NK, squares_NK = torch.zeros_like(static_NK), torch.zeros_like(static_NK)
     gram_NN = torch.zeros(p.n, p.n, dtype=torch.float64, device=h_TNE.device)
     at_once = max(1, _NUMBERS_AT_ONCE // (p.n * max(connection.num_coefficients, h_TNE.shape[-1])))
     for part_TNE in h_TNE.split(at_once):
-        part_TNE = part_TNE.to(eager.accumulation_dtype(part_TNE.dtype))
+        part_TNE = part_TNE.to(dtype)
         numbers[0] += part_TNE.shape[0]
         gram_NN += (part_TNE @ part_TNE.mT).sum(0, dtype=torch.float64)
         if p.dynamic:
-            sums_TNK = connection.partition.sum_over_channels(eager.project(part_TNE, p, everything))
-            deviation_TNK = eager.deviations(sums_TNK, p, everything, connection.segment_size)
-            part_TNK = deviation_TNK - static_NK.to(deviation_TNK.dtype)
+            logits_TNK, _ = eager.logits(part_TNE, p)
+            part_TNK = eager.coefficients(logits_TNK, p, dtype) - constant_NK
             dynamic_NK += part_TNK.sum(0, dtype=torch.float64)
             squares_NK += part_TNK.square().sum(0, dtype=torch.float64)
-            numbers[1] += (gates(sums_TNK, p, connection.segment_size).abs() > SATURATED).sum()
+            numbers[1] += (gates(logits_TNK, p).abs() > SATURATED).sum()
     return Observation(torch.cat([numbers, dynamic_NK.flatten(), squares_NK.flatten()]), gram_NN, static_NK)
 
 
-def gates(sums_TNK: Tensor, p: ConnectionParameters, segment_size: int) -> Tensor:
-    """tanh(z), or 2 sigmoid(S z) - 1, of every coefficient, [T, N, K].
-
-    Args:
-        sums_TNK: what ``composed.project`` gave for all columns, summed over all channels.
-        p: a dynamic connection.
-        segment_size: E of the whole segment, in channels.
-    """
-    rms_TN1 = (sums_TNK[..., :1] / segment_size + p.eps).sqrt()
-    logits_TNK = sums_TNK[..., 1:] / (rms_TN1 * math.sqrt(segment_size))
+def gates(logits_TNK: Tensor, p: ConnectionParameters) -> Tensor:
+    """tanh(z), or 2 sigmoid(S z) - 1, of every coefficient of a dynamic connection, [T, N, K]."""
     if p.gate == "tanh":
         return torch.tanh(logits_TNK)
     return torch.tanh(0.5 * (1 + p.scale_NK.to(logits_TNK.dtype)) * logits_TNK)
