@@ -1,8 +1,8 @@
 """``read``, ``write`` and ``write_read`` as autograd functions around the kernels.
 
 What makes the gates of a connection returns all gradients of its parameters: the write that takes the gates puts the
-gradient of its COEFFICIENTS into the slot of the logits' gradient, and the maker completes it with the read's and goes on
-to the logits, the routing, the scale and W. A static connection has no gates, and each operation its own part.
+gradient of its COEFFICIENTS into the slot of the logits' gradient, and the maker completes it with the read's and goes
+on to the logits, the routing, the scale and W. A static connection has no gates, and each operation its own part.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Gradients of A and S from those of all tokens' coefficients, in two small kernels: sums over tokens, then over programs.
+"""Gradients of A and S from those of all tokens' coefficients: one kernel sums over tokens, one over its programs.
 
 static   dA = sum dc
 tanh     dA = sum dc              dS = sum dc tanh(z)

@@ -59,7 +59,7 @@ def weight_partial(
     K: tl.constexpr, E: tl.constexpr, CARRY: tl.constexpr, PADDED_CARRY: tl.constexpr, REST: tl.constexpr,
     B: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """sums[program] = dz^T H' over ``trips`` chunks of rows. H' is a right factor, as it is stored, and so loads ahead."""
+    """sums[program] = dz^T H' over ``trips`` chunks of rows. H', a right factor as it is stored, loads ahead."""
     column = tl.program_id(0) * B + tl.arange(0, B)
     first = tl.program_id(1).to(tl.int64) * trips * ROWS
     out_ptr += first * E
