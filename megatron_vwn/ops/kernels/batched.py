@@ -76,8 +76,8 @@ def coefficients(
     TOKENS: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
     DYNAMIC: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """Deviations [TOKENS, N, C] of the kernel's columns ``column`` [1, 1, C], which are there where ``exists`` [1, 1, C]
-    and whose pattern is one where ``ones`` [1, N, C]; zero elsewhere."""
+    """Deviations [TOKENS, N, C] of the columns ``column`` [1, 1, C], which are there where ``exists`` [1, 1, C] and
+    whose pattern is one where ``ones`` [1, N, C]; zero elsewhere."""
     token = tl.arange(0, TOKENS)[:, None, None]
     row = tl.arange(0, N)[None, :, None]
     exists = exists & (row < SEGMENTS)
@@ -118,10 +118,7 @@ def with_pattern(
     row = tl.arange(0, N)[None, :, None]
     s = tl.arange(0, S)[None, None, :]
     i = s % PADDED_M
-    if REPEATS:
-        ones = (row % M == i) & (row < SEGMENTS)
-    else:
-        ones = row == i
+    ones = (row % M == i) & (row < SEGMENTS) if REPEATS else row == i
     exists = (s < PADDED_M) & (i < M)
     c = coefficients(
         z_ptr, routing_ptr, scale_ptr, alive, FIRST + tl.where(exists, i, 0), exists, ones,

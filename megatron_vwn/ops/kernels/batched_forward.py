@@ -59,7 +59,8 @@ def batched_forward(
     alive = first + token < T
     row = tl.arange(0, N)[None, :, None]
     state = token * (SEGMENTS * E) + row * E
-    stays = alive & (row < SEGMENTS)
+    # A mask that is always true would cost a register.
+    stays = alive if N == SEGMENTS else alive & (row < SEGMENTS)
     h_ptr += first * (SEGMENTS * E)
     out_ptr += first * (SEGMENTS * E)
 
@@ -111,12 +112,14 @@ def batched_forward(
                 rounded = out.to(tl.float32)
                 squares += tl.sum(rounded * rounded, axis=2)
                 rows = to_rows(out, TOKENS, N)
-                here = (channel < E)[None, :] if E % B else True
+                here = (channel < E)[None, :] if E % B else (channel >= 0)[None, :]
                 place = weight_next_ptr + channel[None, :]
                 if NEXT_CARRY:
-                    w = tl.load(place + column[:, None] * E, mask=(column < NEXT_CARRY)[:, None] & here, other=0.0)
+                    w_mask = here if N == NEXT_CARRY else here & (column < NEXT_CARRY)[:, None]
+                    w = tl.load(place + column[:, None] * E, mask=w_mask, other=0.0)
                     z_carry = tl.dot(rows, tl.trans(w), z_carry, input_precision="ieee")
-                w = tl.load(place + (NEXT_CARRY + small)[:, None] * E, mask=(small < 2 * M)[:, None] & here, other=0.0)
+                w_mask = here if SMALL == 2 * M else here & (small < 2 * M)[:, None]
+                w = tl.load(place + (NEXT_CARRY + small)[:, None] * E, mask=w_mask, other=0.0)
                 z_small = tl.dot(rows, tl.trans(w), z_small, input_precision="ieee")
 
     if READ:
