@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_vwn.benchmark.operations import Problem, Variant
+from megatron_vwn.benchmark.operations import Problem, Variant, differentiated
 from megatron_vwn.benchmark.sass import Code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops import costs
@@ -116,7 +116,7 @@ def passes(variant: Variant, problem: Problem) -> dict[Pass, Callable[[], None]]
 
     def backward() -> None:
         ours = [output for output in outputs if output.grad_fn is not None]
-        torch.autograd.grad(ours, list(leaves.values()), [torch.empty_like(output) for output in ours])
+        torch.autograd.grad(ours, list(differentiated(leaves).values()), [torch.empty_like(output) for output in ours])
 
     return {"forward": lambda: outputs.extend(variant.outputs(problem, leaves)), "backward": backward}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_vwn.benchmark import machine, report
 from megatron_vwn.benchmark.machine import Rates
-from megatron_vwn.benchmark.operations import Compiled, Composed, Kernels, Problem, Variant, grad_outputs
+from megatron_vwn.benchmark.operations import Compiled, Composed, Kernels, Problem, Variant, differentiated, grad_outputs
 from megatron_vwn.benchmark.peers import STREAMS, Liger, TransformerEngine
 from megatron_vwn.benchmark.timing import Timed, interleave
 from megatron_vwn.ops import costs
@@ -53,9 +53,11 @@ def errors(variant: Variant, problem: Problem, seed: int = 0) -> dict[str, float
     _poison(leaves)
     outputs = variant.outputs(problem, leaves)
     weights = grad_outputs(problem, outputs, generator)
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
+    wanted_of = differentiated(leaves)
+    gradients = torch.autograd.grad(outputs, list(wanted_of.values()), weights)
     actual = {f"output {i}": o for i, o in enumerate(outputs)}
-    actual |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    for name, gradient in zip(wanted_of, gradients, strict=True):
+        actual[f"d{name}"] = variant.defined(problem, name, gradient)
 
     exact = {name: leaf.detach().double() for name, leaf in leaves.items()}
     squares = {name: torch.zeros(2, dtype=torch.float64, device=problem.device) for name in actual}
@@ -66,12 +68,17 @@ def errors(variant: Variant, problem: Problem, seed: int = 0) -> dict[str, float
 
     for start in range(0, problem.tokens, _TOKENS_AT_ONCE):
         rows = slice(start, start + _TOKENS_AT_ONCE)
-        part = {n: (e[rows] if n in variant.per_token else e).clone().requires_grad_() for n, e in exact.items()}
+        part = {
+            name: (value[rows] if name in variant.per_token else value).clone().requires_grad_(name in wanted_of)
+            for name, value in exact.items()
+        }
         wanted = variant.expected(problem, part)
         for i, output in enumerate(wanted):
             compare(f"output {i}", outputs[i].detach()[rows], output.detach())
-        wanted_gradients = torch.autograd.grad(wanted, list(part.values()), [w[rows].double() for w in weights])
-        for name, gradient in zip(part, wanted_gradients, strict=True):
+        differentiable = list(differentiated(part).values())
+        wanted_gradients = torch.autograd.grad(wanted, differentiable, [w[rows].double() for w in weights])
+        for name, gradient in zip(wanted_of, wanted_gradients, strict=True):
+            gradient = variant.defined(problem, name, gradient)
             if name in variant.per_token:
                 compare(f"d{name}", actual[f"d{name}"][rows], gradient)
             else:
@@ -174,7 +181,7 @@ def _time(problem: Problem, agreed: Sequence[Variant], direction: str, warmup: i
 
         def prepare(number: int):
             leaves, weights = buffers(variant, number)
-            return variant.outputs(problem, leaves), list(leaves.values()), weights
+            return variant.outputs(problem, leaves), list(differentiated(leaves).values()), weights
 
         return Timed(lambda prepared: torch.autograd.grad(*prepared), prepare=prepare)
 

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_vwn.atomic import atomic_file
 from megatron_vwn.benchmark import kernels, machine
-from megatron_vwn.benchmark.operations import Kernels, Problem, grad_outputs
+from megatron_vwn.benchmark.operations import Kernels, Problem, differentiated, grad_outputs
 from megatron_vwn.benchmark.timing import Timed, interleave
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops.costs import PASSES, Pass
@@ -228,7 +228,7 @@ class _Trial:
         if outputs is None:
             Kernels().outputs(self.problem, self.leaves)
         else:
-            torch.autograd.grad(outputs, list(self.leaves.values()), self.weights)
+            torch.autograd.grad(outputs, list(differentiated(self.leaves).values()), self.weights)
 
 
 @contextmanager

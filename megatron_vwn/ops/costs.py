@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Op = Literal["read", "write", "connection", "write_read", "read_normed", "write_read_normed", "reduce_norm"]
+Op = Literal["read", "write", "connection", "write_read", "reduce_norm"]
 Pass = Literal["forward", "backward"]
 
 OPS: tuple[Op, ...] = get_args(Op)
@@ -97,9 +97,6 @@ def elements(op: Op, direction: Pass, width: Width) -> int:
     reduce_norm    2rD: H -> normed H                3rD: H, d normed H -> dH
     =============  ================================  ==============================================================
 
-    ``read_normed`` and ``write_read_normed`` make the norm of X in place of X, and take its gradient: as much traffic,
-    where a norm of its own moves 2D forward (X -> Xn) and 3D backward (X, dXn -> dX) and keeps X.
-
     ``read`` adds its part to the incoming dH; were autograd to add two tensors, it would cost (5r+1)D. ``write_read``
     is the boundary between two sublayers in one kernel, and as many of them as sublayers make a whole stack.
     ``reduce_norm`` is the group norm before the head alone: W_reduce is an ordinary matrix product after it.
@@ -116,32 +113,27 @@ def elements(op: Op, direction: Pass, width: Width) -> int:
         ("reduce_norm", "forward"): (2, 0),
         ("reduce_norm", "backward"): (3, 0),
     }
-    times_n, times_m = in_segments[op.removesuffix("_normed"), direction]
+    times_n, times_m = in_segments[op, direction]
     return (times_n * width.n + times_m * width.m) * width.segment
 
 
 def matrix_flops(op: Op, direction: Pass, width: Width) -> int:
     """FLOPs of the matrix products, per token and connection; 2 for a multiply-add.
 
-    Forward of a connection, f = 2(2m+n)rD (logits) + 2(m+n)rD (A^T H) + 2nD (B^T Y); ``read`` has the m read columns of
-    the first two terms. Backward has two products for each one of the forward, 2f, and computes the logits again,
-    2(2m+n)rD; ``write_read`` also rebuilds H', 2nrD + 2nD. Where X is normalised, the backward pass makes it again,
-    2mrD, and the Gram matrix of each token's segments, 2nrD. Norms, gates and sums run on other units: not counted.
+    Forward of a connection, f = 2(2m+n)rD (logits) + 2mrD + 2nrD (A^T H) + 2nD (B^T Y): ``read`` makes the logits of all
+    columns and has A_read, ``write`` has A_carry and B. Backward has two products for each one of the forward, 2f.
+    Norms, gates and sums run on other units: not counted.
     """
     if op == "reduce_norm":
         return 0
-    if op.endswith("_normed"):
-        again = 2 * (width.m + width.n) * width.over_width if direction == "backward" else 0
-        return matrix_flops(op.removesuffix("_normed"), direction, width) + again
     if op in ("connection", "write_read"):
-        both = matrix_flops("read", direction, width) + matrix_flops("write", direction, width)
-        return both + (_write_products(width) if (op, direction) == ("write_read", "backward") else 0)
-    read_columns = op == "read"
-    columns = width.m if read_columns else width.num_carry + width.m
-    logits = 2 * columns * width.over_width if width.dynamic else 0
-    products = 2 * width.m * width.over_width if read_columns else _write_products(width)
-    forward = logits + products
-    return forward if direction == "forward" else 2 * forward + logits
+        return matrix_flops("read", direction, width) + matrix_flops("write", direction, width)
+    if op == "read":
+        logits = 2 * width.num_coefficients * width.over_width if width.dynamic else 0
+        forward = logits + 2 * width.m * width.over_width
+    else:
+        forward = 2 * width.num_carry * width.over_width + 2 * width.n * width.hidden_size
+    return forward if direction == "forward" else 2 * forward
 
 
 def end_flops(width: Width) -> int:
@@ -152,11 +144,6 @@ def end_flops(width: Width) -> int:
 def fusion_flops(width: Width) -> int:
     """FLOPs per token, forward, of a further prediction's fusion, [embedding, state] to state by segment: 4nE^2."""
     return 4 * width.n * width.segment**2
-
-
-def _write_products(width: Width) -> int:
-    """A_carry^T H and B^T Y."""
-    return 2 * width.num_carry * width.over_width + 2 * width.n * width.hidden_size
 
 
 def floor_seconds(
