@@ -5,6 +5,7 @@ Every variant is compared with a trusted computation first, and one that disagre
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -151,7 +152,13 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     print(report.table(predict.HEADER, predict.table_rows(results)))
     print(*predict.assumptions(names), sep="\n")
     settings = {"calibration": predict.CALIBRATION, "gpus": {name: vars(GPUS[name]) for name in names}}
-    return _finish(path, "predict", torch.device("cpu"), argv, settings, results, options)
+    code = _finish(path, "predict", torch.device("cpu"), argv, settings, results, options)
+    if options.for_planner and code == 0:
+        from megatron_vwn.planner import kernel_times
+
+        kernel_times.write(json.loads(path.read_text()))
+        print(f"{kernel_times.PATH} has what vwn-plan takes of it")
+    return code
 
 
 def _no_interpreter() -> None:
@@ -364,7 +371,13 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = _mode(modes, "kernels", "single operations against their floor, torch.compile and mHC's kernels")
     _sizes(kernels, [2048, 4096], "8192 on a GPU, 256 on a CPU")
-    kernels.add_argument("--ops", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)} (default: all; of --predict: write_read)")
+    kernels.add_argument(
+        "--ops",
+        nargs="+",
+        choices=OPS,
+        metavar="OP",
+        help=f"of {', '.join(OPS)} (default: all; of --predict: write_read)",
+    )
     kernels.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
     kernels.add_argument(
         "--compile-only",
@@ -376,6 +389,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="GPU",
         help="compile the kernels and predict their times on an h200 or h100 by a model; needs no GPU",
+    )
+    kernels.add_argument(
+        "--for-planner", action="store_true", help="with --predict: make vwn-plan use it for write_read"
     )
     _measuring(kernels, rounds=21)
 

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from megatron_vwn.benchmark import machine, report
 from megatron_vwn.benchmark.machine import Rates
-from megatron_vwn.benchmark.operations import Compiled, Composed, Kernels, Problem, Variant, differentiated, grad_outputs
+from megatron_vwn.benchmark.operations import (
+    Compiled,
+    Composed,
+    Kernels,
+    Problem,
+    Variant,
+    differentiated,
+    grad_outputs,
+)
 from megatron_vwn.benchmark.peers import STREAMS, Liger, TransformerEngine
 from megatron_vwn.benchmark.timing import Timed, interleave
 from megatron_vwn.ops import costs

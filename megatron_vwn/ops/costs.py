@@ -6,8 +6,8 @@ fractional r = n/m stays exact.
 
 Two kinds of figures must not be confused. The paper prints FLOPs and bytes of its own implementation
 (``paper_flops``, ``paper_kept_bytes``). The floors are ours: the least that any implementation moves and multiplies
-which reads each tensor once, writes each result once, and keeps coefficients out of memory. Parameters are left out of
-the traffic: they are read once per program, not once per token.
+which reads each tensor once and writes each result once. Parameters are left out of the traffic: they are read once per
+program, not once per token; and so are gates, which are no state but how we compute (``gate_bytes``).
 """
 
 import math
@@ -224,9 +224,9 @@ def layer_overhead_floor(
     return added / (6 * active_parameters / baseline_flop_rate)
 
 
-def weight_gradient_bytes(width: Width) -> int:
-    """Bytes of the fp32 accumulators of one connection's dW, (r+2)D of them: what a backward kernel wants on chip."""
-    return 4 * width.segment * width.num_coefficients if width.dynamic else 0
+def gate_bytes(width: Width, *, element_bytes: int = 2) -> int:
+    """Bytes per token that the gates of one state take: its logits [n, K] in the stream's dtype and 1/rms [n] in fp32."""
+    return width.n * (width.num_coefficients * element_bytes + 4) if width.dynamic else 0
 
 
 def kept_stream_bytes(
@@ -239,10 +239,11 @@ def kept_stream_bytes(
 ) -> float:
     """Bytes per token that the backward pass of a stack finds kept because of its virtual width.
 
-    Without recompute each connection keeps H and Y: rD + D. In blocks of k connections, H is kept once per block and
-    each Y, and while a block runs backward its k states and one gradient live besides:
+    Without recompute each connection keeps H, its gates (of z elements, see ``gate_bytes``) and Y: rD + z + D. In blocks
+    of k connections, H and gates are kept once per block and each Y, and while a block runs backward its k states with
+    gates and one gradient live besides:
 
-        connections (rD/k + D for Y - D if X is rebuilt) + rD(k + 1)        elements
+        connections ((rD + z)/k + D for Y - D if X is rebuilt) + rD(k + 1) + zk        elements
 
     -D because the ordinary model keeps the input of each sublayer's norm, which is X, and which is rebuilt with H.
 
@@ -254,19 +255,19 @@ def kept_stream_bytes(
         rebuild_input: whether X is rebuilt with H, too, rather than kept.
         element_bytes: of the stream's dtype.
     """
-    over, hidden = width.over_width, width.hidden_size
+    state, vector = _state_bytes(width, element_bytes), element_bytes * width.hidden_size
     if block is None:
-        return element_bytes * connections * (over + hidden)
+        return connections * (state + vector)
     once = once_stream_bytes(width, block, element_bytes=element_bytes)
-    outputs = 0 if rebuild_input else connections * hidden
-    return element_bytes * (math.ceil(connections / block) * over + outputs) + once
+    outputs = 0 if rebuild_input else connections * vector
+    return math.ceil(connections / block) * state + outputs + once
 
 
 def once_stream_bytes(width: Width, block: int, *, element_bytes: int = 2) -> int:
     """The part of ``kept_stream_bytes`` that lives while one block runs backward, which one micro-batch does at a time:
-    the block's k states and one gradient."""
+    the block's k states with their gates and one gradient."""
     _check_block(block)
-    return element_bytes * width.over_width * (block + 1)
+    return block * _state_bytes(width, element_bytes) + element_bytes * width.over_width
 
 
 def kept_stream_bytes_of_two_levels(
@@ -274,11 +275,17 @@ def kept_stream_bytes_of_two_levels(
 ) -> float:
     """As ``kept_stream_bytes`` with X rebuilt, where blocks of ``outer * inner`` connections are cut again.
 
-    connections / (outer inner) + outer + inner states; the third root of the number of connections is best for both.
+    connections / (outer inner) + outer + inner states with gates; the third root of the number of connections is best
+    for both.
     """
     _check_block(outer)
     _check_block(inner)
-    return element_bytes * width.over_width * (math.ceil(connections / (outer * inner)) + outer + inner)
+    return _state_bytes(width, element_bytes) * (math.ceil(connections / (outer * inner)) + outer + inner)
+
+
+def _state_bytes(width: Width, element_bytes: int) -> int:
+    """H of one token with its gates."""
+    return element_bytes * width.over_width + gate_bytes(width, element_bytes=element_bytes)
 
 
 def best_block(connections: int) -> int:

@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
         print(*search_lines(plans, looked, assumed), sep="\n")
         written["found"] = [as_json(each, None) for each in plans]
     print()
-    print(*assumption_lines(options.hardware, assumed), sep="\n")
+    print(*assumption_lines(options.hardware, assumed, shape_of(recipe).width), sep="\n")
     if options.json is not None:
         try:
             write_json(options.json, written)

@@ -3,8 +3,8 @@
 Two kinds of layers. ``fused`` are Transformer Engine's with FlashAttention and our kernels, as on a GPU: the formulas
 of "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198) for grouped queries, gated MLPs
 and experts. ``local`` are Megatron's of plain torch, as on a CPU: norms keep two fp32 copies, attention its
-probabilities, and a connection composed of torch operations fp32 copies of its state. Tests measure the local ones;
-nobody has measured the fused ones, which differ by the terms marked below.
+probabilities. Connections keep the same in both. Tests measure the local ones; nobody has measured the fused ones,
+which differ by the terms marked below.
 
 Per token, bf16, D hidden, q and k the channels of all query and key heads, F of an MLP; T all tokens of a
 tensor-parallel group, t those that one rank holds between sublayers (T / TP under sequence parallelism):
@@ -20,7 +20,7 @@ tensor-parallel group, t those that one rank holds between sublayers (T / TP und
 
 import math
 
-from megatron_vwn.ops.costs import kept_stream_bytes
+from megatron_vwn.ops.costs import gate_bytes
 from megatron_vwn.planner.shape import Shape
 
 # Formulas of Transformer Engine, FlashAttention and our kernels, or of plain torch.
@@ -77,42 +77,31 @@ def _moe(shape: Shape, recomputed: set[str]) -> float:
 def connection_bytes(shape: Shape, backend: str, connections: int) -> float:
     """The stream that this many connections in a row keep, with the blocks of stream recompute if the shape has them.
 
-    fused: ``ops.costs.kept_stream_bytes``, H and Y of each; in blocks of k, H of each block and Y of each sublayer, and
-    X of each later block, while all other X, which the sublayers' norms counted, are let go. local: fp32 copies of H
-    and of coefficients per connection; in blocks the same as fused, but that no X is fused with a write.
+    ``ops.costs.kept_stream_bytes``: H, gates and Y of each connection; in blocks of k, H and gates of each block and Y of
+    each sublayer. Then a fused norm no longer keeps X, but that of each later block; local norms never did. The width
+    partition divides H and Y among the ranks, keeps all X, and gates whole, which took communication.
     """
     if shape.width is None or not connections:
         return 0
-    width, tokens = shape.width, shape.own_tokens
-    over = shape.stream_channels
-    share = over / width.over_width
-    if shape.block is None:
-        if backend == "fused":
-            return tokens * kept_stream_bytes(width, connections) * share
-        return connections * _composed_bytes(shape)
-    blocks = math.ceil(connections / shape.block)
-    kept = blocks * over + connections * width.hidden_size * share
-    if backend == "fused":
-        kept -= (connections - blocks + 1) * width.hidden_size
-    return 2 * tokens * kept
+    width, tokens, by_width = shape.width, shape.own_tokens, shape.partition == "width"
+    share = shape.stream_channels / width.over_width
+    blocks = connections if shape.block is None else math.ceil(connections / shape.block)
+    kept = 2 * share * (blocks * width.over_width + connections * width.hidden_size)
+    kept += gate_bytes(width) * (connections if by_width else blocks)
+    if shape.block is not None and backend == "fused" and not by_width:
+        kept -= 2 * (connections - blocks + 1) * width.hidden_size
+    return tokens * kept
 
 
-def rebuilding_bytes(shape: Shape, backend: str, connections: int) -> float:
-    """What the backward pass of one block rebuilds: k - 1 states, and X with them (fused) or one by one (local)."""
+def rebuilding_bytes(shape: Shape, connections: int) -> float:
+    """What the backward pass of one block rebuilds: k - 1 states, their gates and X with them."""
     if shape.width is None or shape.block is None or not connections:
         return 0
     others = min(shape.block, connections) - 1
-    over, hidden = shape.stream_channels, shape.hidden
-    return 2 * shape.own_tokens * (others * (over + hidden) if backend == "fused" else others * over + hidden)
-
-
-def _composed_bytes(shape: Shape) -> float:
-    """One connection of ``ops.eager`` without stream recompute: H in fp32 four times, Y once, and coefficients."""
-    width, tokens = shape.width, shape.own_tokens
-    n, m, columns = width.n, width.m, width.num_carry + width.m
-    coefficients = 4 * n * (3 + 3 * m) + 4 * n * (3 + 3 * columns) if width.dynamic else 0
-    copies = 16 if width.dynamic else 8
-    return tokens * (copies * width.over_width + 4 * width.hidden_size + coefficients)
+    if shape.partition == "width":
+        return 2 * shape.own_tokens * others * shape.stream_channels
+    each = 2 * (shape.stream_channels + shape.hidden) + gate_bytes(shape.width)
+    return shape.own_tokens * others * each
 
 
 def edge_bytes(shape: Shape, backend: str, *, first: bool, last: bool) -> dict[str, float]:

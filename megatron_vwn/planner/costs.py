@@ -5,8 +5,8 @@ FLOPs of matrix products per token (2 per multiply-add), forward; backward is tw
     attention   2D(2q + 2k), and for causal scores and their product with values 2 * 2 q S/2  (arXiv 2205.05198)
     MLP         6DF gated, 4DF ungated; MoE: k times that of an expert, the shared expert's, and 2DE of the router
     head        2DV for the next token and for each further prediction; fusion of a prediction 4D^2, or wide 4 n E^2
-    connection  ``ops.costs.floor_seconds``: its products or its memory traffic, whichever takes longer; with stream
-                recompute the forward of all but one connection of a block again
+    connection  as predicted of the kernels (``planner.kernel_times``); with stream recompute the forward of all but one
+                connection of a block again
     reduction   2 D' D; W_expand of a projected embedding the same
 
 Bytes that one rank sends in a ring of g ranks: (g-1)/g of the whole for an all-gather or a reduce-scatter, twice that
@@ -16,8 +16,9 @@ for an all-reduce; all-to-all (g-1)/g of what it holds.
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_vwn.ops.costs import end_flops, floor_seconds, fusion_flops
+from megatron_vwn.ops.costs import PASSES, Pass, Width, end_flops, floor_seconds, fusion_flops
 from megatron_vwn.planner.hardware import Rates
+from megatron_vwn.planner.kernel_times import connection_seconds
 from megatron_vwn.planner.memory import message_bytes
 from megatron_vwn.planner.shape import Parameters, Shape
 
@@ -156,16 +157,20 @@ def _repeat(shape: Shape, sublayers: str, rates: Rates) -> float:
 def _connection_seconds(shape: Shape, connections: int, rates: Rates) -> float:
     """Fused write and read of every boundary, in both passes, and what recompute repeats of it."""
     tokens = shape.own_tokens / (shape.tensor if shape.partition == "width" else 1)
-    how = {"bandwidth": rates.memory, "flop_rate": rates.matrix}
-    forward, backward = (
-        floor_seconds("write_read", direction, shape.width, 1, **how) * tokens for direction in ("forward", "backward")
-    )
+    forward, backward = (_boundary_seconds(shape.width, direction, tokens, rates) for direction in PASSES)
     again = 0.0
     if shape.granularity == "full":
         again = connections if shape.method == "uniform" else min(connections, shape.recompute_layers)
     elif shape.block:
         again = connections - -(-connections // shape.block)
     return connections * (forward + backward) + again * forward
+
+
+def _boundary_seconds(width: Width, direction: Pass, tokens: float, rates: Rates) -> float:
+    if rates.connections is None:
+        how = {"bandwidth": rates.memory, "flop_rate": rates.matrix}
+        return tokens * floor_seconds("write_read", direction, width, 1, **how)
+    return connection_seconds(rates.connections, direction, width, tokens, bandwidth=1e9 * rates.memory_gbs)
 
 
 def sent_bytes(shape: Shape, held: Parameters, rank: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Rates that the planner calculates with: peaks from data sheets, and what share of them is assumed to be reached.
 
-None of these is measured here. All are printed with a plan, and each can be given on the command line.
+None of these is measured here. All are printed with a plan, and each number can be given on the command line. The
+kernels of the virtual width have predictions of their own (``planner.kernel_times``).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -21,10 +22,11 @@ class Rates:
         matrix_share: of ``matrix_tflops`` reached by dense products.
         expert_share: the same for grouped products of experts.
         attention_share: the same for fused attention.
-        memory_share: of ``memory_gbs`` reached by kernels that only move data.
+        memory_share: of ``memory_gbs`` reached by kernels that only move data, connections apart.
         link_share: of both link rates reached by collectives.
         data_overlap: part of the data-parallel communication that may hide behind the passes beside it.
         imbalance: tokens of the fullest expert-parallel rank over the mean.
+        connections: the GPU whose predicted kernels are taken; None for kernels that only move data.
     """
 
     memory_gb: float
@@ -39,6 +41,7 @@ class Rates:
     link_share: float = 0.75
     data_overlap: float = 0.80
     imbalance: float = 1.0
+    connections: str | None = None
 
     @property
     def matrix(self) -> float:
@@ -72,10 +75,11 @@ class Rates:
 #   b200: "NVIDIA DGX B200" (data sheet, of 8 GPUs: 1440 GB, 64 TB/s, 72 PFLOP/s of fp8 with sparsity, 14.4 TB/s of
 #         NVLink); bf16 is half of fp8
 # network: one ConnectX-7 of 400 Gb/s per GPU ("NVIDIA DGX H100/H200 User Guide", "NVIDIA DGX B200 User Guide").
+# connections: nobody has modelled a B200, whose kernels are taken to reach the same share of their floor as on an H200.
 HARDWARE = {
-    "h100": Rates(memory_gb=80, matrix_tflops=989, memory_gbs=3350, nvlink_gbs=450),
-    "h200": Rates(memory_gb=141, matrix_tflops=989, memory_gbs=4800, nvlink_gbs=450),
-    "b200": Rates(memory_gb=180, matrix_tflops=2250, memory_gbs=8000, nvlink_gbs=900),
+    "h100": Rates(memory_gb=80, matrix_tflops=989, memory_gbs=3350, nvlink_gbs=450, connections="h100"),
+    "h200": Rates(memory_gb=141, matrix_tflops=989, memory_gbs=4800, nvlink_gbs=450, connections="h200"),
+    "b200": Rates(memory_gb=180, matrix_tflops=2250, memory_gbs=8000, nvlink_gbs=900, connections="h200"),
 }
 SHARES = ("matrix_share", "expert_share", "attention_share", "memory_share", "link_share", "data_overlap")
 
@@ -101,5 +105,5 @@ def rates(hardware: str, overrides: dict[str, float | None]) -> Rates:
 
 
 def rate_names() -> list[str]:
-    """Everything that can be overridden."""
-    return [field.name for field in fields(Rates)]
+    """Everything that can be overridden: the numbers."""
+    return [field.name for field in fields(Rates) if field.type is float]

@@ -100,14 +100,14 @@ def once_bytes(shape: Shape, sublayers: str, backend: str = "fused") -> tuple[fl
     if shape.granularity == "selective":
         stripped = replace(shape, granularity="")
         extra = [sublayer_bytes(s, stripped, backend) - sublayer_bytes(s, shape, backend) for s in set(sublayers)]
-        return max(extra, default=0), rebuilding_bytes(shape, backend, len(sublayers))
+        return max(extra, default=0), rebuilding_bytes(shape, len(sublayers))
     if shape.granularity != "full":
-        return 0, rebuilding_bytes(shape, backend, len(sublayers))
+        return 0, rebuilding_bytes(shape, len(sublayers))
     size = shape.recompute_layers if shape.method == "uniform" else 1
     chunks = [sublayers[begin : begin + size] for begin in range(0, len(sublayers), size)]
     backbone = max((_sum(shape, chunk, backend) for chunk in set(chunks)), default=0)
     longest = max(map(len, chunks), default=0)
-    return backbone, connection_bytes(shape, backend, longest) + rebuilding_bytes(shape, backend, longest)
+    return backbone, connection_bytes(shape, backend, longest) + rebuilding_bytes(shape, longest)
 
 
 def in_flight(shape: Shape, rank: int) -> list[int]:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
-from megatron_vwn.planner.hardware import Rates
+from megatron_vwn.ops.costs import PASSES, Width
+from megatron_vwn.planner.hardware import Rates, rate_names
+from megatron_vwn.planner.kernel_times import source, speed
 from megatron_vwn.planner.memory import Memory
 from megatron_vwn.planner.search import Plan
 from megatron_vwn.planner.shape import Shape
@@ -18,7 +20,7 @@ _ASSUMPTIONS = {
     "matrix_share": "of the peak in dense products",
     "expert_share": "of the peak in experts' products",
     "attention_share": "of the peak in attention's core",
-    "memory_share": "of the memory's peak in kernels that move data",
+    "memory_share": "of the memory's peak in kernels that move data, connections apart",
     "link_share": "of the links' peaks in collectives",
     "data_overlap": "of a micro-batch's time that hides data-parallel messages",
     "imbalance": "tokens of the fullest expert-parallel rank over the mean",
@@ -92,13 +94,28 @@ def search_lines(plans: list[Plan], looked: int, rates: Rates) -> Iterator[str]:
         yield f"  {plan.step.seconds:>8.3f} {plan.step.tokens_per_second:>12,.0f} {total:>6.1f}  {layout(plan.shape)}"
 
 
-def assumption_lines(hardware: str, rates: Rates) -> Iterator[str]:
-    """Every rate that went in, with the flag that changes it."""
+def assumption_lines(hardware: str, rates: Rates, width: Width | None) -> Iterator[str]:
+    """Every rate that went in, with the flag that changes it, and what was taken of the stream's kernels."""
     yield f"Assumed of {hardware} (data sheet and guesses, not measured; each has a flag):"
-    for field in fields(rates):
-        yield f"  --{field.name.replace('_', '-'):<18}{getattr(rates, field.name):>8g}  {_ASSUMPTIONS[field.name]}"
+    for name in rate_names():
+        yield f"  --{name.replace('_', '-'):<18}{getattr(rates, name):>8g}  {_ASSUMPTIONS[name]}"
+    if width is not None and rates.connections is not None:
+        yield from _connection_lines(rates.connections, width)
     yield "  Layers are Transformer Engine's, with FlashAttention and the fused kernels of the virtual width. TP and EP"
     yield "  messages wait, CP hides behind attention, and groups beyond a node go at the network's rate throughout."
+
+
+def _connection_lines(gpu: str, width: Width) -> Iterator[str]:
+    found = {direction: speed(gpu, direction, width) for direction in PASSES}
+    reached = ", ".join(
+        f"{direction} {each.share:.0%} of the traffic floor and {1e6 * each.fixed:.0f} us a call"
+        for direction, each in found.items()
+    )
+    this = f"({width.m}, {width.n}) D = {width.hidden_size}"
+    near = found["forward"].of
+    how = "" if near == (this,) else f", interpolated, mostly from {' and '.join(near)}"
+    yield f"  Connections of {this} on an {gpu}{how}: {reached}."
+    yield f"    A model's prediction, not measured: {source()}."
 
 
 def as_json(plan: Plan, twin: Plan | None) -> dict:

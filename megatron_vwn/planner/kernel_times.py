@@ -1,0 +1,106 @@
+"""How fast connections are: predictions of the kernels that ``vwn-benchmark kernels --predict ... --for-planner`` wrote.
+
+For each kind of GPU, stream and pass of ``write_read`` the file has the share of the traffic floor that all kernels and
+library operations of the pass reach together, and the time that does not depend on tokens (launches, small operations).
+Between the streams of the file shares are interpolated. All of it is a model's prediction, not a measurement.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from megatron_vwn.atomic import write_json
+from megatron_vwn.ops.costs import Pass, Width, floor_seconds
+
+PATH = Path(__file__).with_name("kernel_times.json")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one pass of a connection.
+
+    Attributes:
+        share: of the traffic floor.
+        fixed: seconds of a call whatever its tokens.
+        of: the streams that it was taken from, "(m, n) D".
+    """
+
+    share: float
+    fixed: float
+    of: tuple[str, ...]
+
+
+def connection_seconds(gpu: str, direction: Pass, width: Width, tokens: float, *, bandwidth: float) -> float:
+    """Predicted time of one pass of ``write_read``.
+
+    Args:
+        gpu: a kind that the file has.
+        direction: which pass.
+        width: the stream.
+        tokens: of the call.
+        bandwidth: of the GPU's memory by its data sheet, bytes per second.
+    """
+    found = speed(gpu, direction, width)
+    floor = floor_seconds("write_read", direction, width, 1, bandwidth=bandwidth, flop_rate=math.inf)
+    return tokens * floor / found.share + found.fixed
+
+
+@cache
+def speed(gpu: str, direction: Pass, width: Width) -> Speed:
+    """What the file says of a stream; of another stream the mean of all, the nearer the heavier."""
+    rows = [row for row in _content()["passes"] if row["gpu"] == gpu and row["pass"] == direction]
+    distances = {_distance(row, width): row for row in rows}
+    nearest = distances.get(0.0)
+    if nearest is not None:
+        return Speed(nearest["share_of_floor"], nearest["fixed_seconds"], (_named(nearest),))
+    weights = {distance**-2: row for distance, row in distances.items()}
+    total = sum(weights)
+    shares = sum(weight * row["share_of_floor"] for weight, row in weights.items()) / total
+    fixed = sum(weight * row["fixed_seconds"] for weight, row in weights.items()) / total
+    heaviest = sorted(weights, reverse=True)[:2]
+    return Speed(shares, fixed, tuple(_named(weights[weight]) for weight in heaviest))
+
+
+def source() -> str:
+    """Where the predictions come from, in one line."""
+    content = _content()
+    commit = content["commit"] or {"hash": "unknown", "dirty": None}
+    state = f"{commit['hash'][:12]}{' with changes' if commit['dirty'] else ''}"
+    return f"kernels of commit {state} compiled by triton {content['versions']['triton']}; {content['calibration']}"
+
+
+def write(report: Mapping, path: Path = PATH) -> None:
+    """Keep what the planner needs of a report of ``vwn-benchmark kernels --predict``."""
+    names = ("gpu", "m", "n", "hidden_size", "pass", "tokens", "seconds", "small_operations", "fixed_seconds")
+    passes = []
+    for result in report["results"]:
+        if (result["op"], result["status"], result["kernel"]) != ("write_read", "predicted", "all"):
+            continue
+        share = result["floor_seconds"] / (result["seconds"] - result["fixed_seconds"])
+        passes.append({**{name: result[name] for name in names}, "share_of_floor": round(share, 4)})
+    kernels = [
+        {name: result[name] for name in ("gpu", "m", "n", "hidden_size", "pass", "kernel", "limit", "share_of_traffic")}
+        for result in report["results"]
+        if result["status"] == "predicted" and result["kernel"] != "all"
+    ]
+    settings = report["settings"]
+    head = {name: report[name] for name in ("date", "commit", "versions")}
+    write_json(path, head | settings | {"passes": passes, "kernels": kernels})
+
+
+@cache
+def _content() -> dict:
+    return json.loads(PATH.read_text())
+
+
+def _distance(row: Mapping, width: Width) -> float:
+    # n decides which kernels run, so it weighs most.
+    apart = (2 * math.log2(row["n"] / width.n), math.log2(row["m"] / width.m))
+    return math.hypot(*apart, math.log2(row["hidden_size"] / width.hidden_size) / 2)
+
+
+def _named(row: Mapping) -> str:
+    return f"({row['m']}, {row['n']}) D = {row['hidden_size']}"
