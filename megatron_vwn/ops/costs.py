@@ -120,8 +120,8 @@ def elements(op: Op, direction: Pass, width: Width) -> int:
 def matrix_flops(op: Op, direction: Pass, width: Width) -> int:
     """FLOPs of the matrix products, per token and connection; 2 for a multiply-add.
 
-    Forward of a connection, f = 2(2m+n)rD (logits) + 2mrD + 2nrD (A^T H) + 2nD (B^T Y): ``read`` makes the logits of all
-    columns and has A_read, ``write`` has A_carry and B. Backward has two products for each one of the forward, 2f.
+    Forward of a connection, f = 2(2m+n)rD (logits) + 2mrD + 2nrD (A^T H) + 2nD (B^T Y): ``read`` makes the logits of
+    all columns and has A_read, ``write`` has A_carry and B. Backward has two products for each one of the forward, 2f.
     Norms, gates and sums run on other units: not counted.
     """
     if op == "reduce_norm":
@@ -225,7 +225,7 @@ def layer_overhead_floor(
 
 
 def gate_bytes(width: Width, *, element_bytes: int = 2) -> int:
-    """Bytes per token that the gates of one state take: its logits [n, K] in the stream's dtype and 1/rms [n] in fp32."""
+    """Bytes per token of the gates of one state: its logits [n, K] in the stream's dtype and 1/rms [n] in fp32."""
     return width.n * (width.num_coefficients * element_bytes + 4) if width.dynamic else 0
 
 
@@ -239,9 +239,9 @@ def kept_stream_bytes(
 ) -> float:
     """Bytes per token that the backward pass of a stack finds kept because of its virtual width.
 
-    Without recompute each connection keeps H, its gates (of z elements, see ``gate_bytes``) and Y: rD + z + D. In blocks
-    of k connections, H and gates are kept once per block and each Y, and while a block runs backward its k states with
-    gates and one gradient live besides:
+    Without recompute each connection keeps H, its gates (of z elements, see ``gate_bytes``) and Y: rD + z + D. In
+    blocks of k connections, H and gates are kept once per block and each Y, and while a block runs backward its k
+    states with gates and one gradient live besides:
 
         connections ((rD + z)/k + D for Y - D if X is rebuilt) + rD(k + 1) + zk        elements
 

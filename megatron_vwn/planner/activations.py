@@ -77,9 +77,9 @@ def _moe(shape: Shape, recomputed: set[str]) -> float:
 def connection_bytes(shape: Shape, backend: str, connections: int) -> float:
     """The stream that this many connections in a row keep, with the blocks of stream recompute if the shape has them.
 
-    ``ops.costs.kept_stream_bytes``: H, gates and Y of each connection; in blocks of k, H and gates of each block and Y of
-    each sublayer. Then a fused norm no longer keeps X, but that of each later block; local norms never did. The width
-    partition divides H and Y among the ranks, keeps all X, and gates whole, which took communication.
+    ``ops.costs.kept_stream_bytes``: H, gates and Y of each connection; in blocks of k, H and gates of each block and Y
+    of each sublayer. Then a fused norm no longer keeps X, but that of each later block; local norms never did. The
+    width partition divides H and Y among the ranks, keeps all X, and gates whole, which took communication.
     """
     if shape.width is None or not connections:
         return 0
@@ -117,8 +117,7 @@ def edge_bytes(shape: Shape, backend: str, *, first: bool, last: bool) -> dict[s
     depths = len(shape.predictions) if last else 0
     end = (_norm(shape.hidden, backend) + (_reduction(shape, backend) if wide else 0)) * own
     if wide:
-        groups = shape.over_width // shape.hidden if shape.over_width % shape.hidden == 0 else 1
-        fusion = 2 * _norm(shape.over_width, backend, groups) + 4 * shape.over_width
+        fusion = 2 * _group_norm(shape, backend) + 4 * shape.stream_channels
     else:
         fusion = 2 * _norm(shape.hidden, backend) + 4 * shape.hidden
     # Megatron's full recompute of a prediction's layer takes its fusion in, and the ordinary layer's last norm.
@@ -134,10 +133,13 @@ def edge_bytes(shape: Shape, backend: str, *, first: bool, last: bool) -> dict[s
 
 def _reduction(shape: Shape, backend: str) -> float:
     """The group norm, and its output, which W_reduce multiplies; without a norm H itself."""
-    kept = 2 * shape.over_width
-    if not shape.virtual_width.reduce_norm:
-        return kept
-    return kept + _norm(shape.over_width, backend, shape.over_width // shape.hidden)
+    return 2 * shape.stream_channels + (_group_norm(shape, backend) if shape.virtual_width.reduce_norm else 0)
+
+
+def _group_norm(shape: Shape, backend: str) -> int:
+    """Of this rank's channels; the width partition sums what each rank has of a group."""
+    groups = shape.over_width // shape.hidden if shape.over_width % shape.hidden == 0 else 1
+    return _norm(shape.stream_channels, backend, groups * (2 if shape.partition == "width" else 1))
 
 
 def _loss(shape: Shape) -> float:

@@ -1,4 +1,4 @@
-"""How fast connections are: predictions of the kernels that ``vwn-benchmark kernels --predict ... --for-planner`` wrote.
+"""How fast connections are: predictions of the kernels that ``vwn-benchmark kernels --predict`` wrote for the planner.
 
 For each kind of GPU, stream and pass of ``write_read`` the file has the share of the traffic floor that all kernels and
 library operations of the pass reach together, and the time that does not depend on tokens (launches, small operations).
@@ -52,16 +52,15 @@ def connection_seconds(gpu: str, direction: Pass, width: Width, tokens: float, *
 def speed(gpu: str, direction: Pass, width: Width) -> Speed:
     """What the file says of a stream; of another stream the mean of all, the nearer the heavier."""
     rows = [row for row in _content()["passes"] if row["gpu"] == gpu and row["pass"] == direction]
-    distances = {_distance(row, width): row for row in rows}
-    nearest = distances.get(0.0)
-    if nearest is not None:
-        return Speed(nearest["share_of_floor"], nearest["fixed_seconds"], (_named(nearest),))
-    weights = {distance**-2: row for distance, row in distances.items()}
-    total = sum(weights)
-    shares = sum(weight * row["share_of_floor"] for weight, row in weights.items()) / total
-    fixed = sum(weight * row["fixed_seconds"] for weight, row in weights.items()) / total
-    heaviest = sorted(weights, reverse=True)[:2]
-    return Speed(shares, fixed, tuple(_named(weights[weight]) for weight in heaviest))
+    near = sorted(rows, key=lambda row: _distance(row, width))
+    if _distance(near[0], width) == 0:
+        near = near[:1]
+    weights = [max(_distance(row, width), 1e-6) ** -2 for row in near]
+
+    def mean(name: str) -> float:
+        return sum(weight * row[name] for weight, row in zip(weights, near, strict=True)) / sum(weights)
+
+    return Speed(mean("share_of_floor"), mean("fixed_seconds"), tuple(_named(row) for row in near[:2]))
 
 
 def source() -> str:

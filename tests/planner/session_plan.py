@@ -441,7 +441,7 @@ def main() -> None:
     tp, layers = {"tensor_model_parallel_size": 2}, [[1, "*-"], [3, "*E"]]
     tp_pp_ep = tp | {"gpus": (8,), "pipeline_model_parallel_size": 2, "layers_per_stage": [2, 2]}
     pp_ep = {"gpus": (8,), "pipeline_model_parallel_size": 4, "layers_per_stage": [1] * 4, "mtp": None}
-    dense = [[1, "*-"]]
+    dense, by_width = [[1, "*-"]], tp | {"gpus": (2,), "sequence_parallel": False}
     answers = {
         "parameters": {
             "TP2 PP2 EP4": coordinates(small(layers, **tp_pp_ep, expert_model_parallel_size=4, **wide())),
@@ -455,6 +455,8 @@ def main() -> None:
             "blocks of 2": alive(small(**wide(vwn_recompute_block=2))),
             "blocks of 3, (2, 3)": alive(small(**wide(vwn_recompute_block=3, vwn_n=3))),
             "blocks of 2, TP2": alive(small(gpus=(2,), **tp, **wide(vwn_recompute_block=2))),
+            "width partition": alive(small([[1, "*-*-"]], **by_width, **wide())),
+            "blocks of 2, width partition": alive(small([[1, "*-*-"]], **by_width, **wide(vwn_recompute_block=2))),
             "full recompute, baseline": alive(small(baseline=True, **full)),
             "full recompute": alive(small(**wide(**full))),
             "selective recompute": alive(small(**wide(**chosen))),

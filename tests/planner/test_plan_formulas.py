@@ -5,11 +5,13 @@ token, 64 rows, one sequence of 16 tokens per micro-batch, PP2, EP2, DP2 on one 
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from megatron_vwn.config import VirtualWidthConfig
-from megatron_vwn.ops.costs import Width, floor_seconds
+from megatron_vwn.ops.costs import PASSES, Width, floor_seconds
+from megatron_vwn.planner import kernel_times
 from megatron_vwn.planner.activations import connection_bytes, rebuilding_bytes, sublayer_bytes
 from megatron_vwn.planner.costs import (
     data_bytes,
@@ -22,6 +24,7 @@ from megatron_vwn.planner.costs import (
 )
 from megatron_vwn.planner.hardware import HARDWARE, Rates
 from megatron_vwn.planner.memory import in_flight, kept_bytes, once_bytes, rank_memory
+from megatron_vwn.planner.print import assumption_lines
 from megatron_vwn.planner.shape import Parameters, Shape
 
 # fmt: off
@@ -184,19 +187,25 @@ def test_memory_of_a_rank():
 
 
 def test_the_stream_with_and_without_blocks():
-    """In elements: H and Y of each connection, or H of each block and Y; X is counted with the sublayers' norms."""
-    assert connection_bytes(WIDE, "fused", 5) == 2 * 16 * 5 * (16 + 8)
+    """In elements of two bytes: H, gates and Y of each connection, or H and gates of each block and Y; X is counted
+    with the sublayers' norms."""
+    gates = 4 * (8 + 2)  # of four segments: eight logits, and 1/rms in four bytes
+    assert connection_bytes(WIDE, "fused", 5) == connection_bytes(WIDE, "local", 5) == 2 * 16 * 5 * (16 + gates + 8)
     blocks = replace(WIDE, block=2)
-    # ceil(C/K) rD + CD + (ceil(C/K) - 1) D, less C D that norms counted and that is let go.
-    assert connection_bytes(blocks, "fused", 5) == 2 * 16 * (3 * 16 + 5 * 8 + 2 * 8 - 5 * 8)
-    assert rebuilding_bytes(blocks, "fused", 5) == 2 * 16 * (2 - 1) * (16 + 8)
-    assert rebuilding_bytes(replace(WIDE, block=8), "fused", 5) == 2 * 16 * 4 * (16 + 8)
-    assert rebuilding_bytes(WIDE, "fused", 5) == connection_bytes(WIDE, "fused", 0) == 0
+    # ceil(C/K) (rD + z) + CD + (ceil(C/K) - 1) D, less C D that fused norms counted and that is let go.
+    assert connection_bytes(blocks, "local", 5) == 2 * 16 * (3 * (16 + gates) + 5 * 8)
+    assert connection_bytes(blocks, "fused", 5) == 2 * 16 * (3 * (16 + gates) + 5 * 8 + 2 * 8 - 5 * 8)
+    assert rebuilding_bytes(blocks, 5) == 2 * 16 * (2 - 1) * (16 + gates + 8)
+    assert rebuilding_bytes(replace(WIDE, block=8), 5) == 2 * 16 * 4 * (16 + gates + 8)
+    assert rebuilding_bytes(WIDE, 5) == connection_bytes(WIDE, "fused", 0) == 0
+    # Whose ranks share H and Y, and not X and gates.
     by_width = replace(WIDE, tensor=2, data=1, partition="width")
-    assert connection_bytes(by_width, "fused", 5) == connection_bytes(WIDE, "fused", 5) / 2
+    assert connection_bytes(by_width, "fused", 5) == 2 * 16 * 5 * (8 + gates + 4)
+    assert connection_bytes(replace(by_width, block=2), "fused", 5) == 2 * 16 * (3 * 8 + 5 * (gates + 4))
+    assert rebuilding_bytes(replace(by_width, block=2), 5) == 2 * 16 * 8
     without, with_blocks = (rank_memory(shape, HELD[0], 0) for shape in (WIDE, blocks))
     assert without.stream == 2 * connection_bytes(WIDE, "fused", 2)
-    assert with_blocks.stream == 2 * connection_bytes(blocks, "fused", 2) + rebuilding_bytes(blocks, "fused", 2)
+    assert with_blocks.stream == 2 * connection_bytes(blocks, "fused", 2) + rebuilding_bytes(blocks, 2)
     assert with_blocks.activations == without.activations
 
 
@@ -220,7 +229,7 @@ def test_full_and_selective_recompute():
     assert sublayer_bytes("E", chosen, "fused") == 16 * (20 + 16)
 
 
-def test_connections_take_their_floor():
+def test_connections_of_hardware_without_predictions_take_their_floor():
     how = {"bandwidth": SLOW.memory, "flop_rate": SLOW.matrix}
     forward, backward = (floor_seconds("write_read", each, WIDE.width, 16, **how) for each in ("forward", "backward"))
     assert micro_batch_seconds(WIDE, 0, SLOW)["connections"] == pytest.approx(2 * (forward + backward))
@@ -231,6 +240,56 @@ def test_connections_take_their_floor():
     # The residual is the connection's work: the norm alone reads and writes D.
     plain, wide = (micro_batch_seconds(shape, 0, SLOW)["attention"] for shape in (SMALL, WIDE))
     assert plain - wide == pytest.approx(3 * 2 * 16 * 8 * 3e-6)
+
+
+@pytest.fixture
+def predicted(monkeypatch, tmp_path):
+    """A file of predictions for two streams."""
+    results = []
+    for (m, n), direction in product(((2, 4), (2, 16)), PASSES):
+        share = (0.5 if direction == "forward" else 0.25) * (1 if n == 4 else 1.5)
+        row = {"gpu": "h200", "op": "write_read", "m": m, "n": n, "hidden_size": 8, "pass": direction, "tokens": 10}
+        row |= {"status": "predicted", "kernel": "all", "small_operations": 1, "fixed_seconds": 3e-6}
+        results.append(row | {"floor_seconds": 1e-6, "seconds": 1e-6 / share + 3e-6})
+        results.append(row | {"kernel": "one", "limit": "L2", "share_of_traffic": 0.6, "seconds": 1e-6})
+    path = tmp_path / "times.json"
+    head = {"date": "today", "commit": {"hash": "0123456789abcdef", "dirty": True}, "versions": {"triton": "3.6.0"}}
+    kernel_times.write({**head, "settings": {"calibration": "by hand", "gpus": {}}, "results": results}, path)
+    monkeypatch.setattr(kernel_times, "PATH", path)
+    for cached in (kernel_times._content, kernel_times.speed):
+        cached.cache_clear()
+    yield
+    for cached in (kernel_times._content, kernel_times.speed):
+        cached.cache_clear()
+
+
+def test_connections_take_what_is_predicted(predicted):
+    rates = replace(SLOW, connections="h200")
+    # Elements of two bytes at 10^6 bytes per second, at a half and a quarter of it, and three microseconds a pass.
+    forward, backward = 16 * 2 * (2 * 16 + 2 * 8) / 0.5 * 1e-6, 16 * 2 * (3 * 16 + 3 * 8) / 0.25 * 1e-6
+    seconds = micro_batch_seconds(WIDE, 0, rates)["connections"]
+    assert seconds == pytest.approx(2 * (forward + backward + 6e-6))
+    blocks = micro_batch_seconds(replace(WIDE, block=2), 0, rates)["connections"]
+    assert blocks == pytest.approx(seconds + forward + 3e-6)
+    assert kernel_times.speed("h200", "forward", Width(2, 4, 8)).of == ("(2, 4) D = 8",)
+    between = kernel_times.speed("h200", "forward", Width(2, 8, 8))
+    assert between.share == pytest.approx(0.625) and between.fixed == pytest.approx(3e-6)
+    nearer = kernel_times.speed("h200", "backward", Width(2, 5, 8))
+    assert 0.25 < nearer.share < 0.3125 and nearer.of[0] == "(2, 4) D = 8"
+
+
+def test_what_was_taken_of_predictions_is_printed(predicted):
+    lines = "\n".join(assumption_lines("b200", HARDWARE["b200"], Width(2, 8, 8)))
+    assert "Connections of (2, 8) D = 8 on an h200, interpolated, mostly from (2, " in lines
+    assert "forward 62% of the traffic floor and 3 us a call, backward 31%" in lines
+    assert "not measured: kernels of commit 0123456789ab with changes compiled by triton 3.6.0; by hand" in lines
+    assert "Connections" not in "\n".join(assumption_lines("b200", HARDWARE["b200"], None))
+
+
+def test_the_committed_predictions_serve_every_kind_of_gpu():
+    for rates in HARDWARE.values():
+        for direction in PASSES:
+            assert 0 < kernel_times.speed(rates.connections, direction, Width(4, 32, 2048)).share <= 1
 
 
 def test_the_ends_of_a_wide_model():
