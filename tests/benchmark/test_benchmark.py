@@ -10,7 +10,7 @@ import torch
 
 from megatron_vwn.benchmark import kernels, machine, report
 from megatron_vwn.benchmark.__main__ import main
-from megatron_vwn.benchmark.operations import Composed, Problem, Reference
+from megatron_vwn.benchmark.operations import Composed, Kernels, Problem, Reference, differentiated
 from megatron_vwn.benchmark.timing import CpuClock, Spread, Timed, interleave
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import OPS, Width
@@ -28,8 +28,8 @@ def no_slow_rates(monkeypatch):
 class TooLarge(Composed):
     name = "too large"
 
-    def write(self, h_TNE, y_TD, p):
-        return 1.001 * super().write(h_TNE, y_TD, p)
+    def write(self, h_TNE, y_TD, gates, p):
+        return 1.001 * super().write(h_TNE, y_TD, gates, p)
 
 
 class WrongGradient(Composed):
@@ -37,14 +37,14 @@ class WrongGradient(Composed):
 
     name = "wrong gradient"
 
-    def write(self, h_TNE, y_TD, p):
-        return super().write(h_TNE, y_TD.detach(), p) + 0 * y_TD.sum()
+    def write(self, h_TNE, y_TD, gates, p):
+        return super().write(h_TNE, y_TD.detach(), gates, p) + 0 * y_TD.sum()
 
 
 class Raises(Composed):
     name = "raises"
 
-    def read(self, h_TNE, p, input_norm=None):
+    def read(self, h_TNE, p):
         raise RuntimeError("out of patience\nand a second line")
 
 
@@ -100,7 +100,21 @@ def test_the_torch_operations_agree_with_fp64(op, dtype):
         found = kernels.errors(Composed(), problem(op, dtype, m, n))
         assert kernels.disagreement(found, dtype) is None
         leaves = Composed().leaves(problem(op, dtype, m, n), torch.Generator().manual_seed(0))
-        assert {f"d{name}" for name in leaves} < set(found)
+        assert {f"d{name}" for name in differentiated(leaves)} < set(found)
+        # Those of the connection that writes are the work of the read that made its gates.
+        assert ("drouting" in found) == (op in ("read", "connection")), op
+
+
+def test_gates_whose_read_columns_come_last_are_expected_so():
+    """Kernels order them [carry | write | read]."""
+    this, width = problem("write_read", torch.float64), Width(2, 4, 32)
+    leaves = Composed().leaves(this, torch.Generator().manual_seed(0))
+    theirs = leaves | {"logits": leaves["logits"].roll(-width.m, -1)}
+    ours, other = Composed().expected(this, leaves), Kernels().expected(this, theirs)
+    assert torch.equal(ours[0], other[0]) and torch.equal(ours[2].roll(-width.m, -1), other[2])
+    gradient = torch.arange(width.num_coefficients).expand(1, 4, -1)
+    assert Composed().defined(this, "logits", gradient)[0, 0].tolist() == [2, 3, 4, 5, 6, 7]
+    assert Kernels().defined(this, "logits", gradient)[0, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_parts_of_the_tokens_are_compared_as_the_whole(monkeypatch):
@@ -230,6 +244,7 @@ def test_rates(monkeypatch):
         ("kernels --output .", "--output . is a folder"),
         ("kernels --output /proc/new/results.json", "cannot be written"),
         ("--compile-only sm_12", "--compile-only sm_12 is none of sm_80, sm_90, sm_100"),
+        ("kernels --predict h200 a100", "--predict a100 is none of h200, h100"),
         ("layer --hidden-size 64", "add --vwn-m and --vwn-n"),
         ("model --recipe nonsense", "there is no recipe nonsense"),
         ("table --bandwidth fast", "invalid float value: 'fast'"),
@@ -248,8 +263,9 @@ def test_refusals_are_one_sentence(arguments, said, capsys, monkeypatch, tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(capsys):
-    assert main(["kernels", "--device", "cuda"]) == 2
-    assert "there is no GPU" in capsys.readouterr().err
+    for arguments in (["kernels", "--device", "cuda"], ["tune", "--minutes", "1"]):
+        assert main(arguments) == 2
+        assert "there is no GPU" in capsys.readouterr().err
 
 
 def test_results_are_not_replaced_unasked(monkeypatch, tmp_path, capsys):
@@ -263,7 +279,7 @@ def test_results_are_not_replaced_unasked(monkeypatch, tmp_path, capsys):
 
 def test_interrupted(monkeypatch, tmp_path, capsys):
     class Interrupted(Composed):
-        def read(self, h_TNE, p, input_norm=None):
+        def read(self, h_TNE, p):
             raise KeyboardInterrupt
 
     use(monkeypatch, Interrupted())
