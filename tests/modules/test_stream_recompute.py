@@ -72,6 +72,17 @@ def test_what_the_forward_pass_keeps(report, name):
 
 
 @pytest.mark.parametrize("name", MEMORY)
+def test_every_byte_that_the_forward_pass_keeps(report, name):
+    """The same formulas with the gates, and nothing else but the loss, a number."""
+    (size, fused), m, n = MEMORY[name], 2, 6
+    r, z = n / m, (n * (2 * m + n) + n) / D
+    blocks = CONNECTIONS if size is None else ceil(CONNECTIONS / size)
+    inputs = CONNECTIONS if size is None else blocks - 1 if fused else 0
+    expected = blocks * (r + z) + CONNECTIONS + inputs
+    assert report["memory"][name]["everything"] == pytest.approx(expected + 1 / (TOKENS * D), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MEMORY)
 def test_what_is_alive_during_the_backward_pass(report, name):
     """At each sublayer: what is kept and not used up, what is rebuilt and not used up, one dH and one dY."""
     size, fused = MEMORY[name]
