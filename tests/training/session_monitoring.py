@@ -17,6 +17,7 @@ from unittest.mock import patch  # noqa: E402
 
 import torch  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
+from ops.unfused import unfused  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE, Case, Layout  # noqa: E402
 from parallel.harness import expect  # noqa: E402
@@ -71,7 +72,8 @@ def on_one_rank(case: Case):
 
     layers = places(session)
     hooks = [layer.register_forward_pre_hook(keep(place), with_kwargs=True) for place, layer in layers.items()]
-    with torch.no_grad():
+    # A layer gets a state, rather than the write that leads to it, where boundaries are not fused.
+    with torch.no_grad(), unfused():
         for data in harness.micro_batches(session):
             arguments = {"labels": data["labels"], "loss_mask": data["loss_mask"]}
             session.models[0](data["tokens"], data["position_ids"], harness.causal_mask(), **arguments)
