@@ -20,9 +20,9 @@ for parameter in theirs.parameters():
     parameter.data += 0.1 * torch.randn_like(parameter)
 ours.load_state_dict(theirs.state_dict())
 h, y = torch.randn(5, 2, 256), torch.randn(5, 2, 64)
-x, coefficients = theirs.read(h)
-assert torch.equal(x, ours.read(h))
-assert torch.equal(theirs.write(h, theirs.share(y), coefficients).view_as(h), ours.write(h, y))
+(x, gates), (our_x, our_gates) = theirs.read(h), ours.read(h)
+assert torch.equal(x, our_x)
+assert torch.equal(theirs.write(h, theirs.share(y), gates).view_as(h), ours.write(h, y, our_gates))
 without = [name for name, p in variables["model"].named_parameters() if p.grad is None]
 assert not without, without
 """

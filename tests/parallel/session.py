@@ -17,7 +17,6 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from ops.fused import fused_write_read  # noqa: E402
 from parallel import harness, resharding  # noqa: E402
 from parallel.cases import (  # noqa: E402
     ALONE,
@@ -317,9 +316,6 @@ def check(name: str) -> str:
     match kind:
         case "parity":
             return parity(*PARITY[rest])
-        case "parity, fused":
-            with fused_write_read():
-                return parity(*PARITY[rest])
         case "replicas":
             return replicas(*TRAINING[rest])
         case "resharding":

@@ -19,37 +19,33 @@ from megatron_vwn.training.monitoring.depth import (
 TESTS = Path(__file__).parents[1]
 TP2_SP_PP2 = Layout(tp=2, pp=2, sequence_parallel=True)
 SHARDED = {"distributed_optimizer": True}
-# name -> layout, case in it, whether boundaries are fused as where kernels run.
-LAYOUTS: dict[str, tuple[Layout, Case, bool]] = {
-    "TP2+SP, distributed optimizer": (Layout(tp=2, sequence_parallel=True, **SHARDED), Case("*-*-"), False),
-    "TP2 width, n-grams": (Layout(tp=2, **SHARDED), Case("*-*-", stream(**NGRAMS)), False),
-    "TP2 width, sigmoid, r = 3/2": (TP2, Case("*-*", stream(2, 3, gate="sigmoid")), False),
-    "TP2 replicated, static": (TP2, Case("*-", stream(connection="static", partition="replicated")), False),
-    "PP2, distributed optimizer": (Layout(pp=2, **SHARDED), Case("*-*-"), False),
-    "PP2 x VPP2, identity carry, fused boundaries, stream recompute": (
+# name -> layout, case in it.
+LAYOUTS: dict[str, tuple[Layout, Case]] = {
+    "TP2+SP, distributed optimizer": (Layout(tp=2, sequence_parallel=True, **SHARDED), Case("*-*-")),
+    "TP2 width, n-grams": (Layout(tp=2, **SHARDED), Case("*-*-", stream(**NGRAMS))),
+    "TP2 width, sigmoid, r = 3/2": (TP2, Case("*-*", stream(2, 3, gate="sigmoid"))),
+    "TP2 replicated, static": (TP2, Case("*-", stream(connection="static", partition="replicated"))),
+    "PP2, distributed optimizer": (Layout(pp=2, **SHARDED), Case("*-*-")),
+    "PP2 x VPP2, identity carry, stream recompute": (
         PP2_VPP2,
         Case("*-*-*-*-", stream(carry="identity", recompute_block=2)),
-        True,
     ),
     "TP2+SP x PP2, two further predictions, full recompute": (
         TP2_SP_PP2,
         Case("*-*-/*-/*-").but(**FULL_RECOMPUTE),
-        False,
     ),
-    "PP2, one layer for two further predictions": (PP2, Case("*-/*-/*-").but(mtp_use_repeated_layer=True), False),
+    "PP2, one layer for two further predictions": (PP2, Case("*-/*-/*-").but(mtp_use_repeated_layer=True)),
     "EP2, a further prediction, selective recompute": (
         Layout(ep=2, **SHARDED),
         Case("*E/*E", stream(embedding="tiled")).but(**SELECTIVE),
-        False,
     ),
     "CP2 x TP2+SP, doubly stochastic carry": (
         Layout(cp=2, tp=2, sequence_parallel=True),
         Case("--", stream(carry="doubly-stochastic")),
-        False,
     ),
-    "full recompute, fused boundaries, (1,4)": (Layout(), Case("*-*-", stream(1, 4)).but(**FULL_RECOMPUTE), True),
-    "DP4 in bf16": (Layout(), Case("*-").but(bf16=True), False),
-    "TP2+SP, sigmoid with an identity carry": (TP2_SP, Case("*-", stream(gate="sigmoid", carry="identity")), False),
+    "full recompute, (1,4)": (Layout(), Case("*-*-", stream(1, 4)).but(**FULL_RECOMPUTE)),
+    "DP4 in bf16": (Layout(), Case("*-").but(bf16=True)),
+    "TP2+SP, sigmoid with an identity carry": (TP2_SP, Case("*-", stream(gate="sigmoid", carry="identity"))),
 }
 
 
