@@ -55,8 +55,9 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
     ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
-    **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16, 64)},
+    **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
     ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
+    ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),
 }
 
 
