@@ -27,6 +27,7 @@ from megatron_vwn.benchmark import table as _benchmark_table  # noqa: E402
 from megatron_vwn.cli import exit_code  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.ops.costs import OPS, Op, Width  # noqa: E402
+from megatron_vwn.planner import kernel_times  # noqa: E402
 
 PROGRAM = "vwn-benchmark"
 PAIRS = ((2, 3), (1, 4), (4, 16), (1, 8), (4, 32), (8, 64))
@@ -154,8 +155,6 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     settings = {"calibration": predict.CALIBRATION, "gpus": {name: vars(GPUS[name]) for name in names}}
     code = _finish(path, "predict", torch.device("cpu"), argv, settings, results, options)
     if options.for_planner and code == 0:
-        from megatron_vwn.planner import kernel_times
-
         kernel_times.write(json.loads(path.read_text()))
         print(f"{kernel_times.PATH} has what vwn-plan takes of it")
     return code
@@ -248,6 +247,8 @@ def _table(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
     rates = _benchmark_table.Rates(**{name: getattr(options, name) for name in vars(_benchmark_table.Rates())})
     if options.results != report.RESULTS and not options.results.is_dir():
         raise VirtualWidthError(f"--results {options.results} is no folder: give one with results, or drop it.")
+    if rates.gpu not in (known := kernel_times.gpus()):
+        raise VirtualWidthError(f"--gpu {rates.gpu} is not predicted: choose one of {', '.join(known)}.")
     try:
         print(_benchmark_table.markdown(rates, options.results), end="")
     except ValueError as error:
@@ -409,7 +410,7 @@ def _parser() -> argparse.ArgumentParser:
     _sizes(tune, [2048], "8192")
     tune.add_argument("--minutes", type=_positive, default=15, metavar="M", help="at most (default: %(default)s)")
 
-    table = _mode(modes, "table", "what r costs: predicted floors and committed measurements, as Markdown")
+    table = _mode(modes, "table", "what r costs: floors, predictions and committed measurements, as Markdown")
     for field, value in vars(_benchmark_table.Rates()).items():
         table.add_argument(
             f"--{field.replace('_', '-')}",

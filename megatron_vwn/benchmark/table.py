@@ -1,6 +1,7 @@
 """``vwn-benchmark table``: what r costs, as the Markdown table of benchmark/README.md.
 
-Predictions follow from ``ops.costs`` and stated rates; measured figures come from committed results and nowhere else.
+Floors follow from ``ops.costs`` and stated rates, predictions of the kernels from the planner's file of them; measured
+figures come from committed results and nowhere else.
 """
 
 import json
@@ -12,6 +13,7 @@ from megatron_vwn.benchmark.report import RESULTS, SCHEMA
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import PASSES, Width
+from megatron_vwn.planner import kernel_times
 
 PAIRS = ((2, 3), (4, 16), (1, 8), (4, 32), (8, 64))
 # The README has the table between this line and the next blank line after the table.
@@ -29,6 +31,7 @@ class Rates:
         active_parameters: of one layer.
         hidden_size: D.
         tokens: of one call.
+        gpu: whose predicted kernels are taken.
     """
 
     bandwidth: float = 4.8e12
@@ -37,6 +40,7 @@ class Rates:
     active_parameters: float = 56.6e6
     hidden_size: int = 2048
     tokens: int = 8192
+    gpu: str = "h200"
 
 
 def markdown(rates: Rates, folder: Path = RESULTS, pairs: Sequence[tuple[int, int]] = PAIRS) -> str:
@@ -50,29 +54,32 @@ def markdown(rates: Rates, folder: Path = RESULTS, pairs: Sequence[tuple[int, in
     measured = _measured(folder, rates)
     lines = [
         MARKER,
-        f"Predicted for bf16 at D = {rates.hidden_size}, {rates.tokens} tokens, {rates.bandwidth / 1e12:g} TB/s and "
+        f"For bf16 at D = {rates.hidden_size}, {rates.tokens} tokens, {rates.bandwidth / 1e12:g} TB/s and "
         f"{rates.flop_rate / 1e12:g} TFLOP/s; a layer is two connections beside {rates.active_parameters / 1e6:g}M "
-        f"active parameters at {rates.baseline_flop_rate / 1e12:g} TFLOP/s. These are datasheet rates and assumptions, "
-        "not measurements.",
+        f"active parameters at {rates.baseline_flop_rate / 1e12:g} TFLOP/s. Floors follow from these datasheet rates. "
+        f"Predicted is what a MODEL of an {rates.gpu} says of the compiled kernels, all that is around them included, "
+        f"to be read as +-1.5 times: {kernel_times.source()}.",
         "",
         "| (m, n) | r | MB per connection, forward + backward | GFLOP | decided by | floor of a connection, ms "
-        "| floor of a layer, ms | over the layer | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| predicted, ms (% of the floor) | floor over a layer | predicted over a layer | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for m, n in pairs:
         width = Width(m, n, rates.hidden_size)
         moved = sum(costs.elements("write_read", direction, width) for direction in PASSES) * 2 * rates.tokens
         flops = sum(costs.matrix_flops("write_read", direction, width) for direction in PASSES) * rates.tokens
         speeds = {"bandwidth": rates.bandwidth, "flop_rate": rates.flop_rate}
-        layer = costs.layer_floor_seconds(width, rates.tokens, **speeds)
-        overhead = costs.layer_overhead_floor(
-            width, rates.active_parameters, baseline_flop_rate=rates.baseline_flop_rate, **speeds
+        floor = costs.layer_floor_seconds(width, rates.tokens, connections=1, **speeds)
+        predicted = sum(
+            kernel_times.connection_seconds(rates.gpu, direction, width, rates.tokens, bandwidth=rates.bandwidth)
+            for direction in PASSES
         )
+        layer = 6 * rates.active_parameters * rates.tokens / rates.baseline_flop_rate / costs.CONNECTIONS_PER_LAYER
         decided = "traffic" if moved / rates.bandwidth >= flops / rates.flop_rate else "products"
         lines.append(
             f"| ({m}, {n}) | {width.expansion:g} | {moved / 1e6:.0f} | {flops / 1e9:.0f} | {decided} "
-            f"| {1e3 * layer / costs.CONNECTIONS_PER_LAYER:.3f} | {1e3 * layer:.3f} | {100 * overhead:.1f} % "
-            f"| {measured.get((m, n), 'no GPU yet')} |"
+            f"| {1e3 * floor:.3f} | {1e3 * predicted:.3f} ({100 * floor / predicted:.0f} %) "
+            f"| {100 * floor / layer:.1f} % | {100 * predicted / layer:.0f} % | {measured.get((m, n), 'no GPU yet')} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -63,6 +63,11 @@ def speed(gpu: str, direction: Pass, width: Width) -> Speed:
     return Speed(mean("share_of_floor"), mean("fixed_seconds"), tuple(_named(row) for row in near[:2]))
 
 
+def gpus() -> list[str]:
+    """Kinds of GPUs that the file has."""
+    return sorted({row["gpu"] for row in _content()["passes"]})
+
+
 def source() -> str:
     """Where the predictions come from, in one line."""
     content = _content()

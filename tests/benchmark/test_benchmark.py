@@ -249,6 +249,7 @@ def test_rates(monkeypatch):
         ("model --recipe nonsense", "there is no recipe nonsense"),
         ("table --bandwidth fast", "invalid float value: 'fast'"),
         ("table --results nowhere", "--results nowhere is no folder"),
+        ("table --gpu a100", "--gpu a100 is not predicted: choose one of h100, h200"),
         ("table --hidden-size 12", "m must divide the hidden size"),
     ],
 )

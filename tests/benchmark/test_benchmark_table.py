@@ -9,6 +9,7 @@ from megatron_vwn.benchmark import table
 from megatron_vwn.benchmark.__main__ import main
 from megatron_vwn.benchmark.report import RESULTS, SCHEMA
 from megatron_vwn.benchmark.table import Rates
+from megatron_vwn.planner import kernel_times
 
 README = Path(__file__).parents[2] / "megatron_vwn" / "benchmark" / "README.md"
 
@@ -18,16 +19,30 @@ def cells(text):
     return {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
 
 
-def test_predictions(tmp_path):
-    """(8, 64) at D = 1000, 1000 tokens: 45 D elements, and (2560 + 6400 + 1152) D FLOPs per token."""
-    rates = Rates(1e12, 1e15, 1e14, 50e6, 1000, 1000)
+def test_predictions(tmp_path, monkeypatch):
+    """(8, 64) at D = 1000, 1000 tokens: 45 D elements, and 3 * 2560 D FLOPs per token."""
+    asked = []
+
+    def connection_seconds(gpu, direction, width, tokens, *, bandwidth):
+        asked.append((gpu, direction, width.n, tokens, bandwidth))
+        return {"forward": 1e-4, "backward": 2e-4}[direction]
+
+    monkeypatch.setattr(kernel_times, "connection_seconds", connection_seconds)
+    rates = Rates(1e12, 1e15, 1e14, 50e6, 1000, 1000, "h100")
     found = cells(table.markdown(rates, tmp_path))
     assert list(found) == ["(2, 3)", "(4, 16)", "(1, 8)", "(4, 32)", "(8, 64)"]
-    assert found["(8, 64)"] == ["8", "90", "10", "traffic", "0.090", "0.180", "6.0 %", "no GPU yet"]
-    assert found["(2, 3)"][:2] == ["1.5", "25"] and found["(2, 3)"][-2] == "1.7 %"
+    # Half a layer takes 1.5 ms.
+    predicted = ["0.300 (30 %)", "6.0 %", "20 %", "no GPU yet"]
+    assert found["(8, 64)"] == ["8", "90", "8", "traffic", "0.090", *predicted]
+    assert found["(2, 3)"][:2] == ["1.5", "25"] and found["(2, 3)"][-3] == "1.7 %"
+    assert asked[-2:] == [("h100", each, 64, 1000, 1e12) for each in ("forward", "backward")]
     slow = cells(table.markdown(Rates(1e12, 1e14, 1e14, 50e6, 1000, 1000), tmp_path))
-    # Forward 2560 D FLOPs at 100 TFLOP/s against 36 D bytes at 1 TB/s: 0.0256 and 0.036; backward 7552 D: 0.07552.
-    assert slow["(8, 64)"][2:5] == ["10", "products", "0.112"]
+    # Forward 2560 D FLOPs at 100 TFLOP/s against 36 D bytes at 1 TB/s: 0.0256 and 0.036; backward 54 D: 0.0512, 0.054.
+    assert slow["(8, 64)"][2:5] == ["8", "traffic", "0.090"]
+    assert cells(table.markdown(Rates(1e12, 1e13, 1e14, 50e6, 1000, 1000), tmp_path))["(8, 64)"][3:5] == [
+        "products",
+        "0.768",
+    ]
 
 
 def result(**changes):
