@@ -159,7 +159,9 @@ def _tune_pass(
     n = triton.next_power_of_2(problem.width.n)
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(problem.device))
     found = []
-    names = list(dict.fromkeys(name for name, *_ in trial.launched(None)))
+    # A tile has its kernel's name, or one for all kernels that share it.
+    names = [name for name, *_ in trial.launched(None)] + [key[0] for key in geometry.TABLE if key[1] == n]
+    names = list(dict.fromkeys(names))
     for number, name in enumerate(names):
         own = time.monotonic() + (until - time.monotonic()) / (len(names) - number)
         row = {"kernel": name, "n": n, "architecture": architecture, "triton": triton.__version__}
