@@ -85,8 +85,8 @@ def test_memory_is_the_transformers_and_the_streams(session):
     expected = {
         # Two connections per stage, two micro-batches in flight.
         "PP2": 2 * kept_stream_bytes(width, 2, **fp32) * tokens,
-        # Of each one state, and the block that runs backward once.
-        "PP2, blocks of 2": (2 * 64 + 3 * 64) * 4 * tokens,
+        # Of each one state with its gates, and the block that runs backward once: two of these and a gradient.
+        "PP2, blocks of 2": ((2 + 2) * (64 * 4 + 4 * (8 * 4 + 4)) + 64 * 4) * tokens,
         "PP2 x VPP2": 2.5 * kept_stream_bytes(width, 2, **fp32) * tokens,
         "one stage, TP2 width": kept_stream_bytes(width, 4, **fp32) * tokens / 2,
     }
