@@ -230,16 +230,26 @@ def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
 
 
 def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
-    if not machine.has_gpu():
-        raise VirtualWidthError("there is no GPU to tune kernels on: run tune on the machine that trains.")
+    model = options.predict
+    if model is None and not machine.has_gpu():
+        raise VirtualWidthError(
+            "there is no GPU to tune kernels on: run tune on the machine that trains, or ask a model with --predict."
+        )
     _no_interpreter()
     from megatron_vwn.benchmark import tune
+    from megatron_vwn.benchmark.model import GPUS
     from megatron_vwn.benchmark.operations import Problem
 
-    tokens, dtype, device = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype], torch.device("cuda")
+    if model is not None and model not in GPUS:
+        raise VirtualWidthError(f"--predict {model} is none of {', '.join(GPUS)}: choose one of them.")
+    device = torch.device("cuda" if model is None else "meta")
+    tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
     problems = [Problem("write_read", width, tokens, dtype, device) for width in _widths(options)]
-    rows = tune.tune(problems, 60 * options.minutes, print)
-    print(f"{tune.write(rows)} has {len(rows)} new tiles; kernels read it before their first launch")
+    rows = tune.tune(problems, 60 * options.minutes, print, gpu=model)
+    if model is None:
+        print(f"{tune.write(rows)} has {len(rows)} new tiles; kernels read it before their first launch")
+    else:
+        print(f"{len(rows)} tiles are faster by a model, which is no measurement: nothing was written")
     return 0
 
 
@@ -408,6 +418,7 @@ def _parser() -> argparse.ArgumentParser:
         modes, "tune", "find the fastest tiles of the kernels on this machine's GPU; they are used from then on"
     )
     _sizes(tune, [2048], "8192")
+    tune.add_argument("--predict", metavar="GPU", help="ask the model of an h200 or h100, and write nothing")
     tune.add_argument("--minutes", type=_positive, default=15, metavar="M", help="at most (default: %(default)s)")
 
     table = _mode(modes, "table", "what r costs: floors, predictions and committed measurements, as Markdown")

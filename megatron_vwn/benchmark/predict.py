@@ -82,7 +82,7 @@ def predict_problem(
         try:
             with compiling.launches_compiled(ARCHITECTURE[names[0]]) as launched, _Recorded() as recorded:
                 both[direction]()
-            kernels = [(launch.name, _kernel(launch)) for launch in launched]
+            kernels = [(launch.name, as_kernel(launch)) for launch in launched]
             for name in names:
                 results += _of_a_pass({**row, "gpu": name}, kernels, recorded.found, GPUS[name], op, width, dtype)
         except Exception as error:  # whatever Triton raises for a kernel it cannot compile
@@ -90,7 +90,8 @@ def predict_problem(
     return results
 
 
-def _kernel(launch: Launch) -> Kernel:
+def as_kernel(launch: Launch) -> Kernel:
+    """What the model needs of a launch."""
     metadata = launch.compiled.metadata
     return Kernel(
         code=Code.of(launch.compiled.asm["cubin"]),

@@ -2,12 +2,15 @@
 
 A kernel's tile is changed one step at a time, and a change stays if the pass that launches the kernel becomes faster by
 more than noise. Both tiles take turns on the same inputs. What was found is merged into the file that the kernels read
-before their first launch (``ops.kernels.geometry.tuned_file``), once the operation agrees with fp64.
+before their first launch (``ops.kernels.geometry.tuned_file``), once the operation agrees with fp64. Without a GPU the
+model of ``benchmark.predict`` can be asked instead; what it says is printed and used by nobody.
 """
 
 import json
+import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,10 @@ from triton.runtime.jit import JITFunction
 
 from megatron_vwn.atomic import atomic_file
 from megatron_vwn.benchmark import kernels, machine
+from megatron_vwn.benchmark.compile import Launch, launches_compiled, passes
+from megatron_vwn.benchmark.model import GPUS, predict
 from megatron_vwn.benchmark.operations import Kernels, Problem, differentiated, grad_outputs
+from megatron_vwn.benchmark.predict import ARCHITECTURE, as_kernel
 from megatron_vwn.benchmark.timing import Timed, interleave
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops.costs import PASSES, Pass
@@ -87,24 +93,28 @@ def merged(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
     return [rows[key] for key in sorted(rows)]
 
 
-def tune(problems: Sequence[Problem], seconds: float, say: Callable[[str], None]) -> list[dict]:
+def tune(
+    problems: Sequence[Problem], seconds: float, say: Callable[[str], None], *, gpu: str | None = None
+) -> list[dict]:
     """Tune the kernels of some operations; every pass gets its share of the time that is left.
 
     Args:
-        problems: operations on a GPU, the most important first.
+        problems: operations, the most important first; on a GPU, or on the meta device for a model.
         seconds: in all, but for the last race that is under way.
-        say: gets a line for each kernel.
+        say: gets a line for each tile that is faster.
+        gpu: whose model is asked; None measures.
 
     Returns:
         Rows of the file for tiles that are faster than what is used now.
     """
     end = time.monotonic() + seconds
     found: list[dict] = []
-    with _Tiles(_rows(geometry.tuned_file())) as tiles:
-        passes = [(problem, direction) for problem in problems for direction in PASSES]
-        for number, (problem, direction) in enumerate(passes):
-            until = time.monotonic() + (end - time.monotonic()) / (len(passes) - number)
-            found = merged(found, _tune_pass(problem, direction, tiles, until, say))
+    with _Tiles(_rows(geometry.tuned_file()) if gpu is None else []) as tiles:
+        both = [(problem, direction) for problem in problems for direction in PASSES]
+        for number, (problem, direction) in enumerate(both):
+            until = time.monotonic() + (end - time.monotonic()) / (len(both) - number)
+            trial = _Measured(problem, direction, tiles) if gpu is None else _Predicted(problem, direction, tiles, gpu)
+            found = merged(found, _tune_pass(trial, until, say))
     return found
 
 
@@ -152,69 +162,103 @@ class _Tiles:
         geometry.forget_tuned()
 
 
-def _tune_pass(
-    problem: Problem, direction: Pass, tiles: _Tiles, until: float, say: Callable[[str], None]
-) -> list[dict]:
-    trial = _Trial(problem, direction, tiles)
+def _tune_pass(trial: "_Trial", until: float, say: Callable[[str], None]) -> list[dict]:
+    problem, tiles, found = trial.problem, trial.tiles, []
     n = triton.next_power_of_2(problem.width.n)
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(problem.device))
-    found = []
     # A tile has its kernel's name, or one for all kernels that share it.
     names = [name for name, *_ in trial.launched(None)] + [key[0] for key in geometry.TABLE if key[1] == n]
     names = list(dict.fromkeys(names))
     for number, name in enumerate(names):
         own = time.monotonic() + (until - time.monotonic()) / (len(names) - number)
-        row = {"kernel": name, "n": n, "architecture": architecture, "triton": triton.__version__}
+        row = {"kernel": name, "n": n, "architecture": trial.architecture, "triton": triton.__version__}
         row |= {key: problem.label[key] for key in ("m", "hidden_size", "tokens", "dtype")}
-        start = geometry.tile(name, problem.width.n, problem.device)
+        start = trial.tile(name)
 
         def race(first: Tile, second: Tile, row: dict = row) -> float | None:
             return trial.race(*({**row, "tile": tile._asdict()} for tile in (first, second)))
 
         best, ratio = search(start, race, lambda own=own: time.monotonic() > own)
         if best != start:
-            row |= {"tile": best._asdict(), "seconds_over_before": ratio, "pass": direction}
+            row |= {"tile": best._asdict(), "seconds_over_before": ratio, "pass": trial.direction}
             tiles.rows = merged(tiles.rows, [row])
             tiles.use(None)
-            if off := kernels.disagreement(kernels.errors(Kernels(), problem), problem.dtype):
+            if off := trial.wrong():
                 raise VirtualWidthError(
                     f"{name} with {best} disagrees with fp64, {off}: report it; nothing was written."
                 )
             found.append(row)
-        say(f"{name} {direction} n = {n}: {'as it was' if best == start else f'{ratio:.0%} of the time with {best}'}")
+            say(f"{name} {trial.direction} n = {n}: {ratio:.0%} of the time with {best}")
     return found
 
 
-class _Trial:
-    """One pass of an operation, timed with tiles of choice."""
+class _Trial(ABC):
+    """One pass of an operation with tiles of choice."""
+
+    architecture: str
 
     def __init__(self, problem: Problem, direction: Pass, tiles: _Tiles):
         self.problem, self.direction, self.tiles = problem, direction, tiles
+
+    @abstractmethod
+    def tile(self, kernel: str) -> Tile:
+        """That a kernel has now."""
+
+    @abstractmethod
+    def launched(self, row: dict | None) -> list[tuple]:
+        """Name, hash and grid of each launch of the pass."""
+
+    @abstractmethod
+    def compared(self, first: dict, second: dict) -> float | None:
+        """Seconds with the second row of the file over seconds with the first; None if the second is no choice."""
+
+    def wrong(self) -> str | None:
+        """What disagrees with fp64."""
+        return None
+
+    def race(self, first: dict, second: dict) -> float | None:
+        """See ``search``."""
+        try:
+            if self.launched(first) == self.launched(second):
+                return None
+        except Exception:  # whatever Triton and the driver raise for a tile that does not fit
+            return None
+        return self.compared(first, second)
+
+
+class _Measured(_Trial):
+    """On this machine's GPU."""
+
+    def __init__(self, problem: Problem, direction: Pass, tiles: _Tiles):
+        super().__init__(problem, direction, tiles)
+        self.architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(problem.device))
         self.clock = machine.make_clock(problem.device, cold=True)
         generator = torch.Generator(problem.device).manual_seed(0)
         self.leaves = Kernels().leaves(problem, generator)
         with torch.no_grad():
             self.weights = grad_outputs(problem, Kernels().outputs(problem, self.leaves), generator)
 
-    def race(self, first: dict, second: dict) -> float | None:
-        """Seconds with the second row of the file over seconds with the first."""
-        try:
-            if self.launched(first) == self.launched(second):
-                return None
-        except Exception:  # whatever Triton and the driver raise for a tile that does not fit
-            return None
-        timed = {name: self._timed(row) for name, row in (("first", first), ("second", second))}
-        found = interleave(timed, self.clock, sets=1, warmup=2, rounds=_ROUNDS)
-        return found["second"].median / found["first"].median
+    def tile(self, kernel):
+        """See ``_Trial``."""
+        return geometry.tile(kernel, self.problem.width.n, self.problem.device)
 
-    def launched(self, row: dict | None) -> list[tuple]:
-        """Name, hash and grid of each launch of the pass."""
+    def launched(self, row):
+        """See ``_Trial``."""
         self.tiles.use(row)
         prepared = self._prepare()
         with _launches() as launched:
             self._call(prepared)
         torch.cuda.synchronize()
         return launched
+
+    def compared(self, first, second):
+        """See ``_Trial``."""
+        timed = {name: self._timed(row) for name, row in (("first", first), ("second", second))}
+        found = interleave(timed, self.clock, sets=1, warmup=2, rounds=_ROUNDS)
+        return found["second"].median / found["first"].median
+
+    def wrong(self):
+        """See ``_Trial``."""
+        return kernels.disagreement(kernels.errors(Kernels(), self.problem), self.problem.dtype)
 
     def _timed(self, row: dict) -> Timed:
         def prepare(number: int):
@@ -231,6 +275,48 @@ class _Trial:
             Kernels().outputs(self.problem, self.leaves)
         else:
             torch.autograd.grad(outputs, list(differentiated(self.leaves).values()), self.weights)
+
+
+class _Predicted(_Trial):
+    """By the model of a GPU, on tensors of the meta device."""
+
+    def __init__(self, problem: Problem, direction: Pass, tiles: _Tiles, gpu: str):
+        super().__init__(problem, direction, tiles)
+        self.gpu, self.architecture = GPUS[gpu], ARCHITECTURE[gpu]
+        self._seconds: dict[tuple, float] = {}
+
+    def tile(self, kernel):
+        """See ``_Trial``."""
+        with launches_compiled(self.architecture):
+            return geometry.tile(kernel, self.problem.width.n, self.problem.device)
+
+    def launched(self, row):
+        """See ``_Trial``."""
+        self.tiles.use(row)
+        for call in passes(Kernels(), self.problem).values():
+            with launches_compiled(self.architecture) as launched:
+                call()
+            if self.direction == "forward":
+                break
+        for launch in launched:
+            if (key := _key(launch)) not in self._seconds:
+                self._seconds[key] = self._predict(launch)
+        return [_key(launch) for launch in launched]
+
+    def compared(self, first, second):
+        """See ``_Trial``; of the kernels that differ alone."""
+        one, other = (self.launched(row) for row in (first, second))
+        differing = [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]]
+        return sum(self._seconds[key] for _, key in differing) / sum(self._seconds[key] for key, _ in differing)
+
+    def _predict(self, launch: Launch) -> float:
+        kernel = as_kernel(launch)
+        # What spills is not to be had at any speed.
+        return math.inf if kernel.code.stack else predict(kernel, self.gpu).seconds
+
+
+def _key(launch: Launch) -> tuple:
+    return launch.name, launch.compiled.hash, launch.grid
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def machine_code() -> None:
         columns[lambda meta: (triton.cdiv(tokens, meta["R"]),)](x, w, y, tokens, R=rows, E=channels, B=chunk)
     (launch,) = launched
     assert launch.name == "columns" and launch.grid == (63,) and launch.arguments["T"] == tokens
-    kernel = predict._kernel(launch)
+    kernel = predict.as_kernel(launch)
     loop, program = Loop(trips=channels // chunk, upper=channels, step=chunk), kernel.program
     assert program.loops == [loop], program.loops
     touched = program.accesses

@@ -245,6 +245,7 @@ def test_rates(monkeypatch):
         ("kernels --output /proc/new/results.json", "cannot be written"),
         ("--compile-only sm_12", "--compile-only sm_12 is none of sm_80, sm_90, sm_100"),
         ("kernels --predict h200 a100", "--predict a100 is none of h200, h100"),
+        ("tune --predict a100", "--predict a100 is none of h200, h100"),
         ("layer --hidden-size 64", "add --vwn-m and --vwn-n"),
         ("model --recipe nonsense", "there is no recipe nonsense"),
         ("table --bandwidth fast", "invalid float value: 'fast'"),
