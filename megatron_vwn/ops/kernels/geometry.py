@@ -58,7 +58,7 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
     ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
-    ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 32, "any"): Tile(tokens=4, channels=32, warps=4),
     ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
     **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
