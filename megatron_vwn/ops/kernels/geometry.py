@@ -48,7 +48,12 @@ class Tile(NamedTuple):
 
 
 # {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
-TABLE: dict[tuple[str, int, str], Tile] = {}
+TABLE: dict[tuple[str, int, str], Tile] = {
+    ("small_forward", 1, "any"): Tile(channels=256, warps=1, stages=1),
+    ("small_forward", 2, "any"): Tile(channels=256, warps=1, stages=1),
+    ("small_forward", 4, "any"): Tile(channels=256, warps=1, stages=1),
+    ("small_forward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+}
 
 
 def tile(kernel: str, n: int, device: torch.device) -> Tile:
