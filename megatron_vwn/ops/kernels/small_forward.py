@@ -21,6 +21,8 @@ from megatron_vwn.ops.kernels.launch import launch
 from megatron_vwn.ops.kernels.tables import Prepared
 from megatron_vwn.ops.kernels.vectors import (
     WARP,
+    add_product,
+    channels_of,
     coefficient,
     coefficients,
     combine,
@@ -82,11 +84,15 @@ def small_forward(
         if READ:
             if DYNAMIC_NEXT:
                 weight = load_rows(weight_next_ptr, place, exists, K_NEXT, E)
+                split = ()
+                for k in tl.static_range(K_NEXT):
+                    split = split + (channels_of(weight[k], LANES, V),)
                 more = ()
                 for j in tl.static_range(N):
-                    more = more + (sums[j * (K_NEXT + 1)] + tl.sum(state[j] * state[j], axis=1),)
+                    row = channels_of(state[j], LANES, V)
+                    more = more + (add_product(sums[j * (K_NEXT + 1)], row, row, V),)
                     for k in tl.static_range(K_NEXT):
-                        more = more + (sums[j * (K_NEXT + 1) + 1 + k] + tl.sum(state[j] * weight[k], axis=1),)
+                        more = more + (add_product(sums[j * (K_NEXT + 1) + 1 + k], row, split[k], V),)
                 sums = more
             else:
                 for i in tl.static_range(M):

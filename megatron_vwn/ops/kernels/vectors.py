@@ -48,6 +48,31 @@ def load_rows(pointer, place, exists, ROWS: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
+def channels_of(row, LANES: tl.constexpr, V: tl.constexpr):
+    """A row as a tuple of V channels, [LANES] each: what a thread has anyway, now by name."""
+    parts = (row,)
+    for level in tl.static_range(V.bit_length() - 1):
+        halves = ()
+        for part in tl.static_range(2**level):
+            first, second = tl.split(tl.reshape(parts[part], (LANES, V // 2 ** (level + 1), 2)))
+            halves = halves + (first, second)
+        parts = halves
+    channels = ()
+    for part in tl.static_range(V):
+        channels = channels + (tl.reshape(parts[part], (LANES,)),)
+    return channels
+
+
+@triton.jit
+def add_product(total, a, b, V: tl.constexpr):
+    """total + a . b over a thread's channels, one fused multiplication and addition after the other: ``tl.sum`` adds in
+    a tree, half of which cannot be fused."""
+    for channel in tl.static_range(V):
+        total += a[channel] * b[channel]
+    return total
+
+
+@triton.jit
 def combine(rows, factors, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
     """The sum over i of factors[FIRST + i STEP] rows[i]."""
     result = rows[0] * factors[FIRST]
