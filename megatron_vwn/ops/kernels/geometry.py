@@ -53,6 +53,10 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("small_forward", 2, "any"): Tile(channels=256, warps=1, stages=1),
     ("small_forward", 4, "any"): Tile(channels=256, warps=1, stages=1),
     ("small_forward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+    ("small_backward", 1, "any"): Tile(channels=256, warps=1, stages=1),
+    ("small_backward", 2, "any"): Tile(channels=256, warps=1, stages=1),
+    ("small_backward", 4, "any"): Tile(channels=256, warps=1, stages=1),
+    ("small_backward", 8, "any"): Tile(channels=128, warps=1, stages=1),
 }
 
 

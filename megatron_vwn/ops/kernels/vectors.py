@@ -82,6 +82,23 @@ def combine(rows, factors, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
+def load_scalars(pointer, COUNT: tl.constexpr):
+    """Numbers that follow each other, each of which every thread gets, in fp32."""
+    scalars = ()
+    for i in tl.static_range(COUNT):
+        scalars = scalars + (tl.load(pointer + i).to(tl.float32),)
+    return scalars
+
+
+@triton.jit
+def is_one(row, column, M: tl.constexpr, C: tl.constexpr):
+    """Whether the initial pattern is one there: the carry's identity, B's tiling, the read of the first m segments."""
+    is_carry = (column < C) & (column == row)
+    is_write = (column >= C) & (column < C + M) & (column - C == row % M)
+    return is_carry | is_write | (column - C - M == row)
+
+
+@triton.jit
 def coefficient(
     z, routing_ptr, scale_ptr, ROW: tl.constexpr, COLUMN: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     DYNAMIC: tl.constexpr, SIGMOID: tl.constexpr,
