@@ -10,6 +10,7 @@ As in ``small_forward`` a program is one warp and one token, so nothing that onl
 Where n is large, G, its rows rounded, goes through the memory of dH and a third walk does the last line: a walk then
 needs either the gates of the next connection or the coefficients of this one in registers, not both.
 """
+# ruff: noqa: RUF005  (Triton adds tuples, but knows no starred expressions)
 
 import torch
 import triton

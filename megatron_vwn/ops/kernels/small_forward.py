@@ -10,6 +10,7 @@ ends in five shuffles without shared memory or a barrier, and coefficients are s
 Where the next connection is static there are no logits, and X follows in the first walk. ``device`` has the order of
 columns, ``vectors`` how a token lies in a warp.
 """
+# ruff: noqa: RUF005  (Triton adds tuples, but knows no starred expressions)
 
 import torch
 import triton
@@ -71,19 +72,20 @@ def small_forward(
         place = start + lane
         exists = place < E if E % B else None
         state = load_rows(h_ptr, place, exists, N, E)
+        if READ and DYNAMIC_NEXT:
+            weight = load_rows(weight_next_ptr, place, exists, K_NEXT, E)
         if WRITE:
             y = load_rows(y_ptr, place, exists, M, E)
             rounded = ()
             for j in tl.static_range(N):
                 value = combine(y, write, j * S + C, 1, M)
-                value += combine(state, write, j, S, N) if C else state[j]
+                value += combine(state, write, j, S, N) if C else state[j].to(tl.float32)
                 value = value.to(dtype)
                 tl.store(out_ptr + j * E + place, value, mask=exists)
-                rounded = rounded + (value.to(tl.float32),)
+                rounded = rounded + (value,)
             state = rounded
         if READ:
             if DYNAMIC_NEXT:
-                weight = load_rows(weight_next_ptr, place, exists, K_NEXT, E)
                 split = ()
                 for k in tl.static_range(K_NEXT):
                     split = split + (channels_of(weight[k], LANES, V),)

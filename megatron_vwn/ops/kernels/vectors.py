@@ -4,6 +4,7 @@ A row of a chunk is [LANES, V]: a thread has V channels, 16 bytes or fewer, that
 stays within it. All of a token's rows are a tuple, and so are its coefficients, row after row: loops over segments and
 columns are unrolled, and neither n nor m need be a power of two.
 """
+# ruff: noqa: RUF005  (Triton adds tuples, but knows no starred expressions)
 
 import triton
 import triton.language as tl
@@ -31,16 +32,20 @@ def zeros(COUNT: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def load_row(pointer, place, exists):
-    """A chunk of one row, in fp32; ``exists`` is None where all channels do."""
+    """A chunk of one row; ``exists`` is None where all channels do."""
     if exists is None:
-        return tl.load(pointer + place).to(tl.float32)
+        return tl.load(pointer + place)
     else:
-        return tl.load(pointer + place, mask=exists, other=0.0).to(tl.float32)
+        return tl.load(pointer + place, mask=exists, other=0.0)
 
 
 @triton.jit
 def load_rows(pointer, place, exists, ROWS: tl.constexpr, E: tl.constexpr):
-    """A chunk of every row of a [ROWS, E], in fp32."""
+    """A chunk of every row of a [ROWS, E].
+
+    Kept in their dtype, which takes fewer registers, until they are used. All that a walk needs of a chunk is loaded
+    before anything is stored: a load is not moved ahead of a store by the compiler, and would be waited for alone.
+    """
     rows = ()
     for row in tl.static_range(ROWS):
         rows = rows + (load_row(pointer + row * E, place, exists),)
@@ -49,8 +54,8 @@ def load_rows(pointer, place, exists, ROWS: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def channels_of(row, LANES: tl.constexpr, V: tl.constexpr):
-    """A row as a tuple of V channels, [LANES] each: what a thread has anyway, now by name."""
-    parts = (row,)
+    """A row as a tuple of V channels, [LANES] each, in fp32: what a thread has anyway, now by name."""
+    parts = (row.to(tl.float32),)
     for level in tl.static_range(V.bit_length() - 1):
         halves = ()
         for part in tl.static_range(2**level):
@@ -74,10 +79,10 @@ def add_product(total, a, b, V: tl.constexpr):
 
 @triton.jit
 def combine(rows, factors, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """The sum over i of factors[FIRST + i STEP] rows[i]."""
-    result = rows[0] * factors[FIRST]
+    """The sum over i of factors[FIRST + i STEP] rows[i], in fp32."""
+    result = rows[0].to(tl.float32) * factors[FIRST]
     for i in tl.static_range(1, COUNT):
-        result += rows[i] * factors[FIRST + i * STEP]
+        result += rows[i].to(tl.float32) * factors[FIRST + i * STEP]
     return result
 
 
