@@ -28,7 +28,6 @@ from megatron_vwn.ops.kernels.vectors import (
     coefficients,
     combine,
     is_one,
-    load_row,
     load_rows,
     load_scalars,
     vector_width,
@@ -40,14 +39,20 @@ _FUSED_SEGMENTS = 4
 
 
 @triton.jit
+def load_behind(h_ptr, y_ptr, place, exists, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
+    """Chunks of H, which an identity carry has no use for, and of Y."""
+    h = load_rows(h_ptr, place, exists, N if C else 0, E)
+    return h, load_rows(y_ptr, place, exists, M, E)
+
+
+@triton.jit
 def write_backward(
-    sums, g, h_ptr, y_ptr, dh_ptr, dy_ptr, place, exists, write,
+    sums, g, h, y, write, dh_ptr, dy_ptr, place, exists,
     M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, E: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """A chunk of dH and dY, stored, from a chunk of G; the sums for dA_carry and dB^T, [N, C + M], with its part."""
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
     S: tl.constexpr = C + M
-    y = load_rows(y_ptr, place, exists, M, E)
     y_channels = ()
     for i in tl.static_range(M):
         y_channels = y_channels + (channels_of(y[i], LANES, V),)
@@ -57,7 +62,7 @@ def write_backward(
     more = ()
     for i in tl.static_range(N):
         if C:
-            h_channels = channels_of(load_row(h_ptr + i * E, place, exists), LANES, V)
+            h_channels = channels_of(h[i], LANES, V)
             for j in tl.static_range(N):
                 more = more + (add_product(sums[i * S + j], h_channels, g_channels[j], V),)
         for k in tl.static_range(M):
@@ -101,12 +106,14 @@ def small_backward(
         for start in tl.range(0, E, B):
             place = start + lane
             exists = place < E if E % B else None
+            state = load_rows(out_ptr, place, exists, N, E)
+            dx = load_rows(dx_ptr, place, exists, M, E)
             dx_channels = ()
             for i in tl.static_range(M):
-                dx_channels = dx_channels + (channels_of(load_row(dx_ptr + i * E, place, exists), LANES, V),)
+                dx_channels = dx_channels + (channels_of(dx[i], LANES, V),)
             more = ()
             for j in tl.static_range(N):
-                channels = channels_of(load_row(out_ptr + j * E, place, exists), LANES, V)
+                channels = channels_of(state[j], LANES, V)
                 for i in tl.static_range(M):
                     more = more + (add_product(dread[j * M + i], channels, dx_channels[i], V),)
             dread = more
@@ -162,24 +169,27 @@ def small_backward(
             place = start + lane
             exists = place < E if E % B else None
             dx = load_rows(dx_ptr, place, exists, M, E)
+            if dout_ptr is not None:
+                dout = load_rows(dout_ptr, place, exists, N, E)
             if DYNAMIC_NEXT:
+                state = load_rows(out_ptr, place, exists, N, E)
                 weight = load_rows(weight_next_ptr, place, exists, K_NEXT, E)
+            if FUSED:
+                h, y = load_behind(h_ptr, y_ptr, place, exists, M, N, C, E)
             gradients = ()
             for j in tl.static_range(N):
                 g = combine(dx, read, j * M, 1, M)
                 if dout_ptr is not None:
-                    g += load_row(dout_ptr + j * E, place, exists)
+                    g += dout[j].to(tl.float32)
                 if DYNAMIC_NEXT:
                     g += combine(weight, dz, j * K_NEXT, 1, K_NEXT)
-                    g += shrink[j] * load_row(out_ptr + j * E, place, exists)
+                    g += shrink[j] * state[j].to(tl.float32)
                 if FUSED:
                     gradients = gradients + (g,)
                 else:
                     tl.store(dh_ptr + j * E + place, g.to(dtype), mask=exists)
             if FUSED:
-                sums = write_backward(
-                    sums, gradients, h_ptr, y_ptr, dh_ptr, dy_ptr, place, exists, write, M, N, C, E, LANES, V
-                )
+                sums = write_backward(sums, gradients, h, y, write, dh_ptr, dy_ptr, place, exists, M, N, C, E, LANES, V)
     if WRITE:
         if not FUSED:
             if READ:
@@ -189,7 +199,8 @@ def small_backward(
                 place = start + lane
                 exists = place < E if E % B else None
                 g = load_rows(dh_ptr if READ else dout_ptr, place, exists, N, E)
-                sums = write_backward(sums, g, h_ptr, y_ptr, dh_ptr, dy_ptr, place, exists, write, M, N, C, E, LANES, V)
+                h, y = load_behind(h_ptr, y_ptr, place, exists, M, N, C, E)
+                sums = write_backward(sums, g, h, y, write, dh_ptr, dy_ptr, place, exists, M, N, C, E, LANES, V)
         PADDED: tl.constexpr = triton.next_power_of_2(S)
         column = tl.arange(0, PADDED)
         dc_ptr += token * (N * K)
@@ -235,7 +246,8 @@ def backward(
     launch(
         small_backward, t, geometry,
         dh, h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK, state, z_next_TNK, inverse_rms_TN,
-        q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dout_TNE, dx_TME, dc_next_TNK, dy, dc, dz_next, dc_next,
+        q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dout_TNE, dx_TME, dc_next_TNK, dy, dc, dz_next,
+        dc_next,
         M=m, N=n, C=p.num_carry if p else 0, C_NEXT=q.num_carry if q else 0, E=e,
         LANES=WARP * geometry.warps, V=vector_width(geometry, h_TNE), WRITE=p is not None, READ=q is not None,
         FUSED=p is not None and q is not None and n <= _FUSED_SEGMENTS,
