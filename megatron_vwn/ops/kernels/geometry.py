@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     """How a kernel cuts its work; a kernel ignores what it has no use for.
 
     Attributes:
-        tokens: tokens of a program.
+        tokens: tokens of a program; rows of a chunk where these are what a product sums over.
         channels: channels of a chunk of the first walk over E.
         second_channels: of the second walk.
         warps: warps of a program.
@@ -49,14 +49,25 @@ class Tile(NamedTuple):
 
 # {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
 TABLE: dict[tuple[str, int, str], Tile] = {
-    ("small_forward", 1, "any"): Tile(channels=256, warps=1, stages=1),
-    ("small_forward", 2, "any"): Tile(channels=256, warps=1, stages=1),
-    ("small_forward", 4, "any"): Tile(channels=256, warps=1, stages=1),
+    **{("small_forward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
     ("small_forward", 8, "any"): Tile(channels=128, warps=1, stages=1),
-    ("small_backward", 1, "any"): Tile(channels=256, warps=1, stages=1),
-    ("small_backward", 2, "any"): Tile(channels=256, warps=1, stages=1),
-    ("small_backward", 4, "any"): Tile(channels=256, warps=1, stages=1),
+    **{("small_backward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
     ("small_backward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+    # Triton's interpreter takes as long for a small tile as for a larger one.
+    **{
+        (f"batched_{kernel}", n, "interpreter"): Tile(tokens=8, channels=128, second_channels=128)
+        for kernel in ("forward", "gates", "stream")
+        for n in (16, 32)
+    },
+    ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
+    ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
+    ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
+    ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
+    **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
+    ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
+    ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),
 }
 
 

@@ -32,6 +32,9 @@ from megatron_vwn.ops.kernels.vectors import (
     zeros,
 )
 
+# The largest n of the family.
+MAX_SEGMENTS = 8
+
 
 @triton.jit
 def small_forward(
