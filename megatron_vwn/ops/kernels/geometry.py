@@ -49,6 +49,10 @@ class Tile(NamedTuple):
 
 # {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
 TABLE: dict[tuple[str, int, str], Tile] = {
+    **{("small_forward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
+    ("small_forward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+    **{("small_backward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
+    ("small_backward", 8, "any"): Tile(channels=128, warps=1, stages=1),
     # Triton's interpreter takes as long for a small tile as for a larger one.
     **{
         (f"batched_{kernel}", n, "interpreter"): Tile(tokens=8, channels=128, second_channels=128)
