@@ -106,7 +106,7 @@ def wide_gates(
     n: tl.constexpr = READ.n
     K: tl.constexpr = READ.columns
     N: tl.constexpr = READ.padded_n
-    P: tl.constexpr = max(8, READ.padded_m)
+    P: tl.constexpr = max(16, READ.padded_m)
     token = tl.program_id(0).to(tl.int64)
     out_ptr += token * (n * E)
     dx_ptr += token * (m * E)
@@ -201,7 +201,7 @@ def wide_stream(
             z_ptr += token * (n * C.columns)
         write_NS = write_factor(z_ptr, routing_ptr, scale_ptr, C)
         write_SN = tl.trans(write_NS.to(dtype))
-        dwrite_NP = tl.zeros((N, max(8, P)), tl.float32)
+        dwrite_NP = tl.zeros((N, S), tl.float32)
         if C.num_carry:
             carry_NN = carry_deviations(z_ptr, routing_ptr, scale_ptr, C).to(dtype)
             dcarry_NN = tl.zeros((N, N), tl.float32)
@@ -235,8 +235,7 @@ def wide_stream(
             g_NB += chunk(dout_ptr, row, alive, start, n == N, E, B).to(tl.float32)
         if WRITE is not None:
             rounded_NB = g_NB.to(dtype)
-            y_PB = chunk(y_ptr, tl.arange(0, max(8, P)), tl.arange(0, max(8, P)) < m, start, m == max(8, P), E, B)
-            dwrite_NP = dot(rounded_NB, tl.trans(y_PB), dwrite_NP)
+            dwrite_NP = dot(rounded_NB, tl.trans(y_SB), dwrite_NP)
             dy_SB = dot(write_SN, rounded_NB, tl.zeros((S, B), tl.float32))
             dy_PB = tl.sum(tl.reshape(dy_SB, (S // P, P, B)), axis=0)
             store_chunk(dy_ptr, dy_PB, i, i < m, start, m == P, E, B)
@@ -249,5 +248,5 @@ def wide_stream(
         place = dc_ptr + row[:, None] * C.columns
         if C.num_carry:
             tl.store(place + row[None, :], dcarry_NN.to(dtype), mask=alive[:, None] & alive[None, :])
-        j = tl.arange(0, max(8, P))
+        j = s
         tl.store(place + C.num_carry + j[None, :], dwrite_NP.to(dtype), mask=alive[:, None] & (j < m)[None, :])

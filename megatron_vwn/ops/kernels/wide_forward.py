@@ -78,8 +78,6 @@ def wide_forward(
         if C.dynamic:
             z_ptr += token * (n * C.columns)
         write_NS = write_factor(z_ptr, routing_ptr, scale_ptr, C).to(dtype)
-        # The identity is a factor, too: exact, and it spares H in the layout of the sums.
-        identity_NN = tl.where(row[:, None] == row[None, :], 1.0, 0.0).to(dtype)
         if C.num_carry:
             carry_NN = tl.trans(carry_deviations(z_ptr, routing_ptr, scale_ptr, C).to(dtype))
     if READ is not None:
@@ -95,7 +93,7 @@ def wide_forward(
             h_NB = chunk(h_ptr, row, alive, start, n == N, E, B)
             if WRITE is not None:
                 y_SB = chunk(y_ptr, s % P, (s < 2 * P) & (s % P < C.m), start, C.m == P and S == 2 * P, E, B)
-                sum_NB = dot(identity_NN, h_NB, tl.zeros((N, B), tl.float32))
+                sum_NB = h_NB.to(tl.float32)
                 if C.num_carry:
                     sum_NB = dot(carry_NN, h_NB, sum_NB)
                 sum_NB = dot(write_NS, y_SB, sum_NB)
