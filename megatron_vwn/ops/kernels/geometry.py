@@ -55,6 +55,9 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
     ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
+    ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
+    ("wide_gates", 64, "any"): Tile(channels=64),
+    ("wide_stream", 64, "any"): Tile(stages=2, maxnreg=168),
     **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16, 64)},
     ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
 }

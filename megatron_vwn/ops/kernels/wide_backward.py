@@ -25,18 +25,17 @@ from megatron_vwn.ops.kernels.wide_factors import (
     chunk,
     dot,
     load_logits,
-    read_factor,
     store_chunk,
-    write_factor,
+    with_pattern,
 )
 
 
 def backward(
-    h_TNE: Tensor,
+    h_TNE: Tensor | None,
     y_TME: Tensor | None,
     z_TNK: Tensor | None,
     p: Prepared | None,
-    out_TNE: Tensor,
+    out_TNE: Tensor | None,
     z_next_TNK: Tensor | None,
     inverse_rms_TN: Tensor | None,
     q: Prepared | None,
@@ -44,38 +43,38 @@ def backward(
     dx_TME: Tensor | None,
     dc_next_TNK: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of H, Y, p's coefficients, q's product with W, and q's coefficients.
+    """dH, dY, dC of p, dZ and dC of q; without p, dH is the gradient of what was read, out_TNE.
 
-    p's read columns are left unwritten: its read's backward, which comes later, fills them, as here q's are filled in
-    ``dc_next_TNK``, whose other columns p's successor has written (zeros if it is None). Without p, the gradient of H
-    is that of H' itself.
+    dC of p has its carry and write columns alone, which is what dC of q must come with, where there is one; its read
+    columns are filled in place.
     """
-    tokens, n, e = out_TNE.shape
-    dh_TNE = torch.empty_like(out_TNE)
+    state_TNE = h_TNE if p else out_TNE
+    tokens, n, e = state_TNE.shape
+    dh_TNE = torch.empty_like(state_TNE)
     dy_TME = dc_TNK = dz_next_TNK = shrink_TN = None
-    if p is not None:
+    if p:
         dy_TME = torch.empty_like(y_TME)
-        dc_TNK = out_TNE.new_empty(tokens, n, p.columns)
-    if q is not None:
+        dc_TNK = state_TNE.new_empty(tokens, n, p.columns)
+    if q:
         if dc_next_TNK is None:
-            dc_next_TNK = out_TNE.new_zeros(tokens, n, q.columns)
+            dc_next_TNK = state_TNE.new_zeros(tokens, n, q.columns)
         if q.dynamic:
             dz_next_TNK = torch.empty_like(z_next_TNK)
             shrink_TN = torch.empty_like(inverse_rms_TN)
-        cut = tile("wide_gates", n, out_TNE.device).fit(e, out_TNE.dtype)
+        size = tile("wide_gates", n, state_TNE.device).fit(e, state_TNE.dtype)
         launch(
-            wide_gates, tokens, cut,
+            wide_gates, tokens, size,
             out_TNE, dx_TME, z_next_TNK, inverse_rms_TN, q.routing_NK, q.scale_NK,
             dc_next_TNK, dz_next_TNK, shrink_TN,
-            READ=Connection.of(q), E=e, B=cut.channels, STAGES=cut.stages,
+            READ=Connection.of(q), E=e, B=size.channels, STAGES=size.stages,
         )  # fmt: skip
-    cut = tile("wide_stream", n, out_TNE.device).fit(e, out_TNE.dtype)
+    size = tile("wide_stream", n, state_TNE.device).fit(e, state_TNE.dtype)
     launch(
-        wide_stream, tokens, cut,
-        out_TNE if p is None else h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
+        wide_stream, tokens, size,
+        state_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
         z_next_TNK, q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dz_next_TNK, shrink_TN,
         dx_TME, dout_TNE, dh_TNE, dy_TME, dc_TNK,
-        WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=cut.channels, STAGES=cut.stages,
+        WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=size.channels, STAGES=size.stages,
     )  # fmt: skip
     return dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK
 
@@ -89,7 +88,6 @@ def logits_backward(
     z = load_logits(z_ptr, row, column, exists, READ)
     place = row * READ.columns + parameter + column
     dlogits = deviation_backward(dc, z, routing_ptr, scale_ptr, place, exists, ones, READ.sigmoid)
-    dlogits = tl.where(exists, dlogits, 0.0)
     dz = (dlogits * (inverse_N1 * E**-0.5)).to(dz_ptr.dtype.element_ty)
     tl.store(dz_ptr + row * READ.columns + column, dz, mask=exists)
     return tl.sum(dlogits * z, axis=1)
@@ -100,8 +98,8 @@ def wide_gates(
     out_ptr, dx_ptr, z_ptr, inverse_rms_ptr, routing_ptr, scale_ptr, dc_ptr, dz_ptr, shrink_ptr,
     READ: tl.constexpr, E: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of one token: the read columns of dC, dZ = dlogits / (rms sqrt(E)), and shrink = -sum(dlogits o logits) / (rms^2 E),
-    what a segment of H' gets of itself because it enters its own norm."""
+    """Of one token: the read columns of dC, dZ = dlogits / (rms sqrt(E)), and shrink: what a segment of H' gets
+    of itself because it enters its own norm: -sum(dlogits o logits) / (rms^2 E)."""
     m: tl.constexpr = READ.m
     n: tl.constexpr = READ.n
     K: tl.constexpr = READ.columns
@@ -177,8 +175,7 @@ def wide_stream(
     i = tl.arange(0, P)
     # Rows of Y and dX beside deviations and pattern.
     twice = (s < 2 * P) & (s % P < m)
-    is_whole: tl.constexpr = m == P and S == 2 * P
-    rebuilt: tl.constexpr = False
+    whole: tl.constexpr = m == P and S == 2 * P
 
     if READ is not None:
         K: tl.constexpr = READ.columns
@@ -192,50 +189,48 @@ def wide_stream(
             if READ.num_carry:
                 dz_NN = tl.load(place + row[None, :], mask=alive[:, None] & alive[None, :], other=0.0)
             shrink_N1 = tl.load(shrink_ptr + token * n + row, mask=alive, other=0.0)[:, None]
-        read_NS = read_factor(z_next_ptr, routing_next_ptr, scale_next_ptr, READ).to(dtype)
+        read_NS = with_pattern(z_next_ptr, routing_next_ptr, scale_next_ptr, READ, True).to(dtype)
     if WRITE is not None:
         y_ptr += token * (m * E)
         dy_ptr += token * (m * E)
         dc_ptr += token * (n * C.columns)
         if C.dynamic:
             z_ptr += token * (n * C.columns)
-        write_NS = write_factor(z_ptr, routing_ptr, scale_ptr, C)
+        write_NS = with_pattern(z_ptr, routing_ptr, scale_ptr, C, False)
         write_SN = tl.trans(write_NS.to(dtype))
-        dwrite_NP = tl.zeros((N, S), tl.float32)
+        dwrite_NS = tl.zeros((N, S), tl.float32)
         if C.num_carry:
             carry_NN = carry_deviations(z_ptr, routing_ptr, scale_ptr, C).to(dtype)
             dcarry_NN = tl.zeros((N, N), tl.float32)
-        if READ is not None:
-            if READ.dynamic:
-                shrunk_NS = (shrink_N1 * write_NS).to(dtype)
-                shrunk_NN = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-                if C.num_carry:
-                    shrunk_NN += tl.trans(carry_NN).to(tl.float32)
-                shrunk_NN = (shrink_N1 * shrunk_NN).to(dtype)
+        if READ is not None and READ.dynamic:
+            shrunk_NS = (shrink_N1 * write_NS).to(dtype)
+            shrunk_NN = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
+            if C.num_carry:
+                shrunk_NN += tl.trans(carry_NN).to(tl.float32)
+            shrunk_NN = (shrink_N1 * shrunk_NN).to(dtype)
 
     for start in tl.range(0, E, B, num_stages=STAGES):
         g_NB = tl.zeros((N, B), tl.float32)
         if WRITE is not None:
             h_NB = chunk(h_ptr, row, alive, start, n == N, E, B)
+            y_SB = chunk(y_ptr, s % P, twice, start, whole, E, B).to(dtype)
         if READ is not None:
             if READ.dynamic:
                 if READ.num_carry:
                     g_NB = dot(dz_NN, chunk(weight_next_ptr, row, alive, start, n == N, E, B), g_NB)
-                weight_SB = chunk(weight_next_ptr, READ.num_carry + s, small, start, S == 2 * m, E, B)
+                weight_SB = chunk(weight_next_ptr, READ.num_carry + s, small, start, 2 * m == S, E, B)
                 g_NB = dot(dz_NS, weight_SB, g_NB)
-                if WRITE is None:
-                    h_NB = chunk(h_ptr, row, alive, start, n == N, E, B)
-                    g_NB += shrink_N1 * h_NB.to(tl.float32)
-                else:
+                if WRITE is not None:
                     g_NB = dot(shrunk_NN, h_NB, g_NB)
-                    y_SB = chunk(y_ptr, s % P, twice, start, is_whole, E, B)
                     g_NB = dot(shrunk_NS, y_SB, g_NB)
-            g_NB = dot(read_NS, chunk(dx_ptr, s % P, twice, start, is_whole, E, B), g_NB)
+                else:
+                    g_NB += shrink_N1 * chunk(h_ptr, row, alive, start, n == N, E, B).to(tl.float32)
+            g_NB = dot(read_NS, chunk(dx_ptr, s % P, twice, start, whole, E, B), g_NB)
         if dout_ptr is not None:
             g_NB += chunk(dout_ptr, row, alive, start, n == N, E, B).to(tl.float32)
         if WRITE is not None:
             rounded_NB = g_NB.to(dtype)
-            dwrite_NP = dot(rounded_NB, tl.trans(y_SB), dwrite_NP)
+            dwrite_NS = dot(rounded_NB, tl.trans(y_SB), dwrite_NS)
             dy_SB = dot(write_SN, rounded_NB, tl.zeros((S, B), tl.float32))
             dy_PB = tl.sum(tl.reshape(dy_SB, (S // P, P, B)), axis=0)
             store_chunk(dy_ptr, dy_PB, i, i < m, start, m == P, E, B)
@@ -248,5 +243,5 @@ def wide_stream(
         place = dc_ptr + row[:, None] * C.columns
         if C.num_carry:
             tl.store(place + row[None, :], dcarry_NN.to(dtype), mask=alive[:, None] & alive[None, :])
-        j = s
-        tl.store(place + C.num_carry + j[None, :], dwrite_NP.to(dtype), mask=alive[:, None] & (j < m)[None, :])
+        # Columns of Y; those beside are the same again.
+        tl.store(place + C.num_carry + s[None, :], dwrite_NS.to(dtype), mask=alive[:, None] & (s < m)[None, :])

@@ -94,33 +94,23 @@ def carry_deviations(z_ptr, routing_ptr, scale_ptr, C: tl.constexpr):
 
 
 @triton.jit
-def write_factor(z_ptr, routing_ptr, scale_ptr, C: tl.constexpr):
-    """B^T as [deviations | pattern | 0], [N, S] in fp32."""
+def with_pattern(z_ptr, routing_ptr, scale_ptr, C: tl.constexpr, READ: tl.constexpr):
+    """A_read, or else B^T, as [deviations | pattern | 0], [N, S] in fp32."""
     row = tl.arange(0, C.padded_n)[:, None]
     s = tl.arange(0, C.twice_m)[None, :]
     i = s % C.padded_m
+    if READ:
+        ones = row == i
+        column = C.num_carry + C.m + i
+        place = row * C.columns + i
+    else:
+        ones = row % C.m == i
+        column = C.num_carry + i
+        place = row * C.columns + C.m + C.num_carry + i
     alive = (row < C.n) & (i < C.m)
     exists = alive & (s < C.padded_m)
-    z = load_logits(z_ptr, row, C.num_carry + i, exists, C)
-    place = row * C.columns + C.m + C.num_carry + i
-    ones = row % C.m == i
+    z = load_logits(z_ptr, row, column, exists, C)
     deviations = deviation(z, routing_ptr, scale_ptr, place, exists, exists & ones, C.dynamic, C.sigmoid)
-    return deviations + tl.where(alive & ones & (s >= C.padded_m) & (s < 2 * C.padded_m), 1.0, 0.0)
-
-
-@triton.jit
-def read_factor(z_ptr, routing_ptr, scale_ptr, C: tl.constexpr):
-    """A_read as [deviations | pattern | 0], [N, S] in fp32."""
-    row = tl.arange(0, C.padded_n)[:, None]
-    s = tl.arange(0, C.twice_m)[None, :]
-    i = s % C.padded_m
-    alive = (row < C.n) & (i < C.m)
-    exists = alive & (s < C.padded_m)
-    z = load_logits(z_ptr, row, C.num_carry + C.m + i, exists, C)
-    ones = row == i
-    deviations = deviation(
-        z, routing_ptr, scale_ptr, row * C.columns + i, exists, exists & ones, C.dynamic, C.sigmoid
-    )
     return deviations + tl.where(alive & ones & (s >= C.padded_m) & (s < 2 * C.padded_m), 1.0, 0.0)
 
 

@@ -17,9 +17,8 @@ from megatron_vwn.ops.kernels.wide_factors import (
     carry_deviations,
     chunk,
     dot,
-    read_factor,
     store_chunk,
-    write_factor,
+    with_pattern,
 )
 
 
@@ -33,21 +32,21 @@ def forward(
     """
     tokens, n, e = h_TNE.shape
     out_TNE = x_TME = z_next_TNK = inverse_rms_TN = None
-    if p is not None:
+    if p:
         out_TNE = torch.empty_like(h_TNE)
-    if q is not None:
+    if q:
         x_TME = h_TNE.new_empty(tokens, q.m, e)
         if q.dynamic:
             z_next_TNK = h_TNE.new_empty(tokens, n, q.columns)
             inverse_rms_TN = h_TNE.new_empty(tokens, n, dtype=torch.float32)
-    cut = tile("wide_forward", n, h_TNE.device).fit(e, h_TNE.dtype)
+    size = tile("wide_forward", n, h_TNE.device).fit(e, h_TNE.dtype)
     launch(
-        wide_forward, tokens, cut,
+        wide_forward, tokens, size,
         h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
         q and q.weight_KE, q and q.routing_NK, q and q.scale_NK,
         out_TNE, x_TME, z_next_TNK, inverse_rms_TN, q.eps if q else 0.0,
-        WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=cut.channels, B2=cut.second_channels,
-        STAGES=cut.stages, STAGES2=cut.second_stages,
+        WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=size.channels, B2=size.second_channels,
+        STAGES=size.stages, STAGES2=size.second_stages,
     )  # fmt: skip
     return out_TNE, x_TME, z_next_TNK, inverse_rms_TN
 
@@ -77,7 +76,7 @@ def wide_forward(
         y_ptr += token * (C.m * E)
         if C.dynamic:
             z_ptr += token * (n * C.columns)
-        write_NS = write_factor(z_ptr, routing_ptr, scale_ptr, C).to(dtype)
+        write_NS = with_pattern(z_ptr, routing_ptr, scale_ptr, C, False).to(dtype)
         if C.num_carry:
             carry_NN = tl.trans(carry_deviations(z_ptr, routing_ptr, scale_ptr, C).to(dtype))
     if READ is not None:
@@ -96,19 +95,18 @@ def wide_forward(
                 sum_NB = h_NB.to(tl.float32)
                 if C.num_carry:
                     sum_NB = dot(carry_NN, h_NB, sum_NB)
-                sum_NB = dot(write_NS, y_SB, sum_NB)
+                sum_NB = dot(write_NS, y_SB.to(dtype), sum_NB)
                 h_NB = sum_NB.to(dtype)
                 store_chunk(out_ptr, h_NB, row, alive, start, n == N, E, B)
-            if READ is not None:
-                if READ.dynamic:
-                    exact_NB = h_NB.to(tl.float32)
-                    squares_N += tl.sum(exact_NB * exact_NB, axis=1)
-                    if READ.num_carry:
-                        weight_NB = chunk(weight_next_ptr, row, alive, start, n == N, E, B)
-                        carry_logits_NN = dot(h_NB, tl.trans(weight_NB), carry_logits_NN)
-                    small = s < 2 * READ.m
-                    weight_SB = chunk(weight_next_ptr, READ.num_carry + s, small, start, S == 2 * READ.m, E, B)
-                    logits_NS = dot(h_NB, tl.trans(weight_SB), logits_NS)
+            if READ is not None and READ.dynamic:
+                exact_NB = h_NB.to(tl.float32)
+                squares_N += tl.sum(exact_NB * exact_NB, axis=1)
+                if READ.num_carry:
+                    weight_NB = chunk(weight_next_ptr, row, alive, start, n == N, E, B)
+                    carry_logits_NN = dot(h_NB, tl.trans(weight_NB), carry_logits_NN)
+                small = s < 2 * READ.m
+                weight_SB = chunk(weight_next_ptr, READ.num_carry + s, small, start, 2 * READ.m == S, E, B)
+                logits_NS = dot(h_NB, tl.trans(weight_SB), logits_NS)
 
     if READ is not None:
         if READ.dynamic:
@@ -123,7 +121,7 @@ def wide_forward(
             tl.store(place + READ.num_carry + s[None, :], logits, mask=alive[:, None] & (s < 2 * READ.m)[None, :])
         # Other threads load H' and the logits than stored them.
         tl.debug_barrier()
-        read_SN = tl.trans(read_factor(z_next_ptr, routing_next_ptr, scale_next_ptr, READ).to(dtype))
+        read_SN = tl.trans(with_pattern(z_next_ptr, routing_next_ptr, scale_next_ptr, READ, True).to(dtype))
         x_ptr += token * (READ.m * E)
         i = tl.arange(0, P)
         for start in tl.range(0, E, B2, num_stages=STAGES2):
