@@ -83,7 +83,7 @@ def batched_gates(
     READ: tl.constexpr, NEXT_CARRY: tl.constexpr, NEXT_DYNAMIC: tl.constexpr, NEXT_SIGMOID: tl.constexpr,
     HAS_DC: tl.constexpr,
 ):  # fmt: skip
-    """dC's read columns (all of them where none are given), dz and shrink."""
+    """dC's read columns, dz and shrink; of a dynamic connection without a dC, all of dC, zero but for the read's."""
     K: tl.constexpr = NEXT_CARRY + 2 * M
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * TOKENS
@@ -111,14 +111,7 @@ def batched_gates(
     place = token * (SEGMENTS * K) + row * K
     column = small[None, None, :]
     narrow = place + NEXT_CARRY + column
-    exists = (column < 2 * M) & (row < SEGMENTS)
-    if HAS_DC:
-        tl.store(dc_ptr + narrow, dread, mask=stays & is_read[None, None, :])
-        dc = tl.load(dc_ptr + narrow, mask=stays & (column < M), other=0.0)
-        dc = tl.where(is_read[None, None, :], dread, dc)
-    else:
-        dc = dread
-        tl.store(dc_ptr + narrow, dc, mask=alive & exists)
+    tl.store(dc_ptr + narrow, dread, mask=stays & is_read[None, None, :])
     if NEXT_DYNAMIC:
         z_ptr += first * (SEGMENTS * K)
         dz_ptr += first * (SEGMENTS * K)
@@ -127,31 +120,35 @@ def batched_gates(
         there = (token_row < T) & (segment < SEGMENTS)
         inverse_rms = tl.load(inverse_rms_ptr + token_row * SEGMENTS + segment, mask=there, other=0.0)
         inverse = (inverse_rms * E**-0.5)[:, :, None]
+        exists = (column < 2 * M) & (row < SEGMENTS)
         ones = tl.where(column < M, row % M == column, row == column - M)
+        if HAS_DC:
+            dc = tl.load(dc_ptr + narrow, mask=stays & (column < M), other=0.0)
+        else:
+            dc = tl.zeros_like(dread)
+            tl.store(dc_ptr + narrow, dc, mask=stays & (column < M))
+        dc = tl.where(is_read[None, None, :], dread, dc).to(tl.float32)
         z = tl.load(z_ptr + narrow, mask=alive & exists, other=0.0).to(tl.float32)
         parameter = row * K + (NEXT_CARRY + column + M) % K
-        dlogits = deviation_backward(
-            dc.to(tl.float32), z, routing_ptr, scale_ptr, parameter, exists, ones, NEXT_SIGMOID
-        )
+        dlogits = deviation_backward(dc, z, routing_ptr, scale_ptr, parameter, exists, ones, NEXT_SIGMOID)
         shrink = tl.sum(dlogits * z, axis=2)
         tl.store(dz_ptr + narrow, (dlogits * inverse).to(dtype), mask=alive & exists)
-    if NEXT_CARRY:
-        column = tl.arange(0, N)[None, None, :]
-        square = place + column
-        exists = (column < NEXT_CARRY) & (row < SEGMENTS)
-        if HAS_DC and NEXT_DYNAMIC:
-            z = tl.load(z_ptr + square, mask=alive & exists, other=0.0).to(tl.float32)
-            dc = tl.load(dc_ptr + square, mask=alive & exists, other=0.0).to(tl.float32)
-            parameter = row * K + column + M
-            dlogits = deviation_backward(dc, z, routing_ptr, scale_ptr, parameter, exists, row == column, NEXT_SIGMOID)
-            shrink += tl.sum(dlogits * z, axis=2)
-            tl.store(dz_ptr + square, (dlogits * inverse).to(dtype), mask=alive & exists)
-        if not HAS_DC:
-            nothing = tl.zeros((TOKENS, N, N), dtype)
-            tl.store(dc_ptr + square, nothing, mask=alive & exists)
-            if NEXT_DYNAMIC:
+        if NEXT_CARRY:
+            column = tl.arange(0, N)[None, None, :]
+            square = place + column
+            exists = (column < NEXT_CARRY) & (row < SEGMENTS)
+            if HAS_DC:
+                dc = tl.load(dc_ptr + square, mask=alive & exists, other=0.0).to(tl.float32)
+                z = tl.load(z_ptr + square, mask=alive & exists, other=0.0).to(tl.float32)
+                parameter = row * K + column + M
+                ones = row == column
+                dlogits = deviation_backward(dc, z, routing_ptr, scale_ptr, parameter, exists, ones, NEXT_SIGMOID)
+                shrink += tl.sum(dlogits * z, axis=2)
+                tl.store(dz_ptr + square, (dlogits * inverse).to(dtype), mask=alive & exists)
+            else:
+                nothing = tl.zeros((TOKENS, N, N), dtype)
+                tl.store(dc_ptr + square, nothing, mask=alive & exists)
                 tl.store(dz_ptr + square, nothing, mask=alive & exists)
-    if NEXT_DYNAMIC:
         shrink = -shrink * inverse_rms * inverse_rms / E
         tl.store(shrink_ptr + token_row * SEGMENTS + segment, shrink, mask=there)
 

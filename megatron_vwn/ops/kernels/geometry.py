@@ -49,6 +49,12 @@ class Tile(NamedTuple):
 
 # {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
 TABLE: dict[tuple[str, int, str], Tile] = {
+    # Triton's interpreter takes as long for a small tile as for a larger one.
+    **{
+        (f"batched_{kernel}", n, "interpreter"): Tile(tokens=8, channels=128, second_channels=128)
+        for kernel in ("forward", "gates", "stream")
+        for n in (16, 32)
+    },
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
     ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
@@ -58,8 +64,9 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
     ("wide_gates", 64, "any"): Tile(channels=64),
     ("wide_stream", 64, "any"): Tile(stages=2, maxnreg=168),
-    **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16, 64)},
+    **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
     ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
+    ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),
 }
 
 

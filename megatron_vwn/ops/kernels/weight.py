@@ -13,8 +13,8 @@ from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
 from megatron_vwn.ops.parameters import ConnectionParameters
 
-# Programs of the first kernel: two for each of 132 multiprocessors, but the same on every GPU, so that all add alike.
-_PROGRAMS = 264
+# Programs of the first kernel: four for each of 132 multiprocessors, but the same on every GPU, so that all add alike.
+_PROGRAMS = 528
 _MIN_DOT = 16
 # Channels of a program of the second kernel (32 bytes of fp32), and sums that it loads at once.
 _CHANNELS, _TERMS = 8, 8
