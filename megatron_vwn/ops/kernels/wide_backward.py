@@ -73,7 +73,7 @@ def backward(
         wide_stream, tokens, size,
         state_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
         z_next_TNK, q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dz_next_TNK, shrink_TN,
-        dx_TME, dout_TNE, dh_TNE, dy_TME, dc_TNK,
+        dx_TME, dout_TNE, dh_TNE, dy_TME, dc_TNK, e,
         WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=size.channels, STAGES=size.stages,
     )  # fmt: skip
     return dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK
@@ -146,11 +146,11 @@ def wide_gates(
         tl.store(shrink_ptr + token * n + row, shrink_N1, mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["end"])
 def wide_stream(
     h_ptr, y_ptr, z_ptr, routing_ptr, scale_ptr,
     z_next_ptr, weight_next_ptr, routing_next_ptr, scale_next_ptr, dz_next_ptr, shrink_ptr,
-    dx_ptr, dout_ptr, dh_ptr, dy_ptr, dc_ptr,
+    dx_ptr, dout_ptr, dh_ptr, dy_ptr, dc_ptr, end,
     WRITE: tl.constexpr, READ: tl.constexpr, E: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one token, in one walk over E. h is H', and dh its gradient, where nothing is written.
@@ -209,7 +209,7 @@ def wide_stream(
                 shrunk_NN += tl.trans(carry_NN).to(tl.float32)
             shrunk_NN = (shrink_N1 * shrunk_NN).to(dtype)
 
-    for start in tl.range(0, E, B, num_stages=STAGES):
+    for start in tl.range(0, end, B, num_stages=STAGES):
         g_NB = tl.zeros((N, B), tl.float32)
         if WRITE is not None:
             h_NB = chunk(h_ptr, row, alive, start, n == N, E, B)

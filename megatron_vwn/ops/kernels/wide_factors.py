@@ -9,6 +9,8 @@ that all warps share them. Further suffixes to those of ``ops.parameters``, all 
     B   channels of a chunk; E is walked in chunks
 
 [deviations | pattern] times the rows [Y; Y] is exact where the deviation is zero: only deviations are rounded.
+
+``end`` is E, unknown to the compiler: walks with many products, unrolled as a whole, would spill registers.
 """
 
 from dataclasses import dataclass

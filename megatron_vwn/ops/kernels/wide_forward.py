@@ -44,17 +44,17 @@ def forward(
         wide_forward, tokens, size,
         h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
         q and q.weight_KE, q and q.routing_NK, q and q.scale_NK,
-        out_TNE, x_TME, z_next_TNK, inverse_rms_TN, q.eps if q else 0.0,
+        out_TNE, x_TME, z_next_TNK, inverse_rms_TN, q.eps if q else 0.0, e,
         WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=size.channels, B2=size.second_channels,
         STAGES=size.stages, STAGES2=size.second_stages,
     )  # fmt: skip
     return out_TNE, x_TME, z_next_TNK, inverse_rms_TN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["end"])
 def wide_forward(
     h_ptr, y_ptr, z_ptr, routing_ptr, scale_ptr, weight_next_ptr, routing_next_ptr, scale_next_ptr,
-    out_ptr, x_ptr, z_next_ptr, inverse_rms_ptr, eps,
+    out_ptr, x_ptr, z_next_ptr, inverse_rms_ptr, eps, end,
     WRITE: tl.constexpr, READ: tl.constexpr, E: tl.constexpr, B: tl.constexpr, B2: tl.constexpr,
     STAGES: tl.constexpr, STAGES2: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def wide_forward(
             logits_NS = tl.zeros((N, S), tl.float32)
 
     if WRITE is not None or READ.dynamic:
-        for start in tl.range(0, E, B, num_stages=STAGES):
+        for start in tl.range(0, end, B, num_stages=STAGES):
             h_NB = chunk(h_ptr, row, alive, start, n == N, E, B)
             if WRITE is not None:
                 y_SB = chunk(y_ptr, s % P, (s < 2 * P) & (s % P < C.m), start, C.m == P and S == 2 * P, E, B)
