@@ -59,7 +59,7 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
     ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
-    ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 32, "any"): Tile(tokens=4, channels=32, warps=4),
     ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
     ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
