@@ -1,8 +1,8 @@
 """Which streams the kernels are tested with; every pair, segment size, number of tokens, switch and dtype appears.
 
-T = 7, 33 and 129 are multiples of no tile; 129 with n = 1, and 33 with more segments, are several tiles for each of the
-interpreter's programs. E = 96 is no power of two. A GPU computes all of a product; Triton's interpreter needs a second
-for what a GPU does in microseconds, and computes a selection with every two values that meet in the product.
+T = 7, 33 and 129 are multiples of no tile. E = 96 is no power of two. A GPU computes all of a product; Triton's
+interpreter needs a second for what a GPU does in microseconds, and computes a selection with every two values that meet
+in the product.
 """
 
 from itertools import product
@@ -12,6 +12,9 @@ import torch
 from ops.pairwise import cover, pairs_of
 
 PAIRS = [(1, 1), (1, 4), (1, 8), (2, 3), (2, 4), (4, 4), (4, 16), (4, 32), (8, 64)]
+# Of every family of kernels: segments that are no power of two, and as many as their tiles have.
+_PADDED = [(3, 5), (3, 12), (3, 40)]
+FAMILIES = [(2, 3), (4, 16), (3, 40)]
 SWITCHES = {
     "tanh, full": {},
     "sigmoid, full": {"gate": "sigmoid"},
@@ -29,9 +32,10 @@ _OF_EVERY_PAIR = [
     (torch.bfloat16, 7, 96, "tanh, full"),
     (torch.float16, 7, 96, "tanh, full"),
 ]
+_OF_PADDED = [(torch.float32, 7, 96, "tanh, full"), (torch.bfloat16, 7, 32, "sigmoid, identity")]
 _LARGER = {
-    (torch.float32, 129, 32, "tanh, full"): [(1, 1)],
-    (torch.float32, 33, 32, "tanh, full"): [(1, 4), (2, 3), (4, 4)],
+    (torch.float32, 129, 32, "tanh, full"): [(1, 1), (2, 3), (4, 16)],
+    (torch.float32, 33, 32, "tanh, full"): [(1, 4), (4, 4)],
     (torch.bfloat16, 33, 32, "tanh, full"): [(2, 3), (1, 8)],
     (torch.float32, 1, 1024, "tanh, full"): [(1, 4), (8, 64)],
     (torch.bfloat16, 1, 1024, "tanh, full"): [(2, 3), (4, 32)],
@@ -84,21 +88,8 @@ def _cost(row: tuple) -> float:
 
 
 PRODUCT = [Case(m, n, *size) for m, n in PAIRS for size in _OF_EVERY_PAIR]
+PRODUCT += [Case(m, n, *size) for m, n in _PADDED for size in _OF_PADDED]
 PRODUCT += [Case(*pair, *size) for size, pairs in _LARGER.items() for pair in pairs]
-# With the norm of the sublayer's input in the read: so few of a product that a selection is no smaller.
-NORMED_CASES = [
-    Case(1, 1, torch.float32, 129, 32, "tanh, full"),
-    Case(1, 4, torch.float32, 7, 96, "sigmoid, full"),
-    Case(1, 4, torch.float32, 1, 32, "static, identity"),
-    Case(2, 3, torch.float32, 33, 32, "tanh, full"),
-    Case(2, 3, torch.float32, 7, 96, "static, full"),
-    Case(4, 4, torch.float32, 7, 96, "tanh, identity"),
-    Case(4, 16, torch.float32, 7, 96, "tanh, full"),
-    Case(8, 64, torch.float32, 1, 96, "tanh, full"),
-    Case(2, 3, torch.bfloat16, 7, 96, "tanh, full"),
-    Case(4, 16, torch.bfloat16, 7, 96, "sigmoid, identity"),
-    Case(4, 16, torch.float16, 7, 96, "tanh, full"),
-]
 CASES = _selection(PRODUCT)
 TRAFFIC_PAIRS = [(1, 1), (1, 4), (2, 3), (1, 8), (4, 16), (4, 32), (8, 64)]
 # What needs more tokens than an interpreter can.

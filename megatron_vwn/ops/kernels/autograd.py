@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_vwn.ops.kernels import batched_backward, batched_forward
+from megatron_vwn.ops.kernels import batched_backward, batched_forward, small_backward, small_forward
 from megatron_vwn.ops.kernels.sums import routing_gradients
 from megatron_vwn.ops.kernels.tables import Prepared, prepare
 from megatron_vwn.ops.kernels.weight import weight_gradients
@@ -148,7 +148,12 @@ class _WriteRead(torch.autograd.Function):
 
 
 def _family(n: int) -> ModuleType:
-    return _Batched
+    return _Small if n <= small_forward.MAX_SEGMENTS else _Batched
+
+
+class _Small(NamedTuple):
+    forward = staticmethod(small_forward.forward)
+    backward = staticmethod(small_backward.backward)
 
 
 class _Batched(NamedTuple):

@@ -40,15 +40,20 @@ class Tile(NamedTuple):
     maxnreg: int | None = None
 
     def fit(self, segment_size: int, dtype: torch.dtype) -> "Tile":
-        """For segments of so many channels, a power of two of them a chunk; half as many where each takes 4 bytes."""
+        """For segments of so many channels, a power of two of them a chunk; half as many where each takes 4 bytes, and
+        then as many registers as there are: products of fp32 need them."""
         half = 2 if dtype.itemsize == 4 else 1
         most = max(_MIN_DOT, triton.next_power_of_2(segment_size))
         channels, second = (max(_MIN_DOT, min(c // half, most)) for c in (self.channels, self.second_channels))
-        return self._replace(channels=channels, second_channels=second)
+        return self._replace(channels=channels, second_channels=second, maxnreg=self.maxnreg if half == 1 else None)
 
 
 # {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
 TABLE: dict[tuple[str, int, str], Tile] = {
+    **{("small_forward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
+    ("small_forward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+    **{("small_backward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
+    ("small_backward", 8, "any"): Tile(channels=128, warps=1, stages=1),
     # Triton's interpreter takes as long for a small tile as for a larger one.
     **{
         (f"batched_{kernel}", n, "interpreter"): Tile(tokens=8, channels=128, second_channels=128)
@@ -58,9 +63,12 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
     ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
-    ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 32, "any"): Tile(tokens=4, channels=32, warps=4),
     ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
+    ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
+    ("wide_gates", 64, "any"): Tile(channels=64),
+    ("wide_stream", 64, "any"): Tile(stages=2, maxnreg=168),
     **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
     ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
     ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),
