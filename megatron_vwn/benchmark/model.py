@@ -121,31 +121,31 @@ def predict(kernel: Kernel, gpu: Gpu) -> Prediction:
     """Predict one launch."""
     indices, times = kernel.code.sequence(kernel.program.loops)
     instructions = [kernel.code.instructions[i] for i in indices]
-    share = kernel.programs * times / gpu.multiprocessors  # sequences of a multiprocessor
-    fits = _resident(kernel, gpu)
-    resident = max(1, min(fits, math.ceil(kernel.programs / gpu.multiprocessors)))
+    sequences = kernel.programs * times
+    resident = max(1, min(_resident(kernel, gpu), math.ceil(kernel.programs / gpu.multiprocessors)))
     reads, writes = traffic(kernel)
     again = _read_again(kernel, resident, gpu)
     from_l2 = _l2_bytes(kernel, resident, gpu)
+    # Cycles of one multiprocessor, with its share of what all have in common, for one sequence.
     cycles = _busy(instructions, kernel.warps)
-    cycles["L2"] = from_l2 / times * gpu.multiprocessors * gpu.hertz / gpu.l2
-    per_sequence = kernel.programs * times
-    cycles["DRAM"] = (
-        (reads + writes + again) / per_sequence * gpu.multiprocessors * gpu.hertz / gpu.dram / gpu.dram_share
-    )
+    per_byte = gpu.multiprocessors * gpu.hertz / sequences
+    cycles["L2"] = kernel.programs * from_l2 * per_byte / gpu.l2
+    cycles["DRAM"] = (reads + writes + again) * per_byte / gpu.dram / gpu.dram_share
     simulation = _Simulation(
         instructions,
         warps=kernel.warps,
         programs=resident,
-        dram_bytes=(reads + again) / per_sequence,
+        dram_bytes=(reads + again) / sequences,
         global_share=from_l2 / times / max(1, _asked(instructions, kernel.warps)),
         gpu=gpu,
         pause=_NEXT_TILE if times > 1 else _NEXT_PROGRAM,
         stagger=max(50.0, 0.8 * max(cycles.values())),
     )
     steady, first = simulation.rate()
-    seconds = {name: max(share, 1.0) * value / gpu.hertz for name, value in cycles.items()}
-    simulated = (max(share, 1.0) * steady + 0.5 * max(0.0, first - resident * steady)) / gpu.hertz
+    share = max(1.0, sequences / gpu.multiprocessors)
+    seconds = {name: share * value / gpu.hertz for name, value in cycles.items()}
+    # Programs fill a multiprocessor one after the other, and empty it so: of that a half is lost.
+    simulated = (share * steady + 0.5 * max(0.0, first - resident * steady)) / gpu.hertz
     worst = max(seconds, key=seconds.get)
     return Prediction(
         seconds=max(simulated, seconds[worst]) + gpu.launch,
@@ -259,7 +259,7 @@ class _Step:
 class _Warp:
     __slots__ = ("barriers", "copies", "copying", "groups", "multiplying", "number", "place", "program")
 
-    def __init__(self, number: int, program: "_Program"):
+    def __init__(self, number: int, program: "_Running"):
         self.number, self.program = number, program
         self.begin()
 
@@ -272,14 +272,28 @@ class _Warp:
         self.multiplying = 0.0
 
 
-class _Program:
-    __slots__ = ("cold", "running", "waiting", "warps")
+class _Running:
+    """A resident program: bytes that it still has to read from DRAM, warps that have not ended and that wait at a
+    barrier, and all its warps."""
+
+    __slots__ = ("cold", "left", "waiting", "warps")
 
 
 class _Simulation:
     """One multiprocessor and the warps of its resident programs, some generations of them."""
 
-    def __init__(self, instructions, *, warps, programs, dram_bytes, global_share, gpu: Gpu, pause, stagger):
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        *,
+        warps: int,
+        programs: int,
+        dram_bytes: float,
+        global_share: float,
+        gpu: Gpu,
+        pause: float,
+        stagger: float,
+    ):
         steps = {id(x): _Step(x, global_share) for x in instructions}
         self.steps = [steps[id(x)] for x in instructions]
         self.size, self.cold, self.pause = warps, dram_bytes, pause
@@ -294,13 +308,13 @@ class _Simulation:
         self.warps: list[_Warp] = []
         self.programs = programs
         for number in range(programs):
-            program = _Program()
+            program = _Running()
             program.warps = [_Warp(number * warps + i, program) for i in range(warps)]
             self.warps += program.warps
             self._start(program, number * stagger)
 
-    def _start(self, program: _Program, time: float) -> None:
-        program.cold, program.running, program.waiting = self.cold, self.size, []
+    def _start(self, program: _Running, time: float) -> None:
+        program.cold, program.left, program.waiting = self.cold, self.size, []
         for warp in program.warps:
             warp.begin()
             heapq.heappush(self.queue, (time, warp.number))
@@ -399,9 +413,9 @@ class _Simulation:
                 heapq.heappush(self.queue, (time + 22, number))
             warp.program.waiting = []
 
-    def _end(self, program: _Program, time: float) -> None:
-        program.running -= 1
-        if program.running == 0:
+    def _end(self, program: _Running, time: float) -> None:
+        program.left -= 1
+        if program.left == 0:
             self.ends.append(time)
             if self.left:
                 self.left -= 1

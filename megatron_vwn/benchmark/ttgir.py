@@ -21,6 +21,8 @@ SECTOR = 32  # bytes, what L2 hands out
 _MOST_ITERATIONS = 256
 _MOST_TILES = 1
 
+_UNCOUNTED = ("tt.descriptor", "tt.atomic", "tt.call", "ttng.async_tma")
+
 _OPERATION = re.compile(r"^(?:(%[\w-]+)(?::(\d+))? = )?\"?([\w.]+)\"?(.*)$")
 _VALUE = re.compile(r"%[\w-]+(?:#\d+)?")
 _TYPE = re.compile(r"tensor<((?:\d+x)*)(!tt\.ptr<\w+>|\w+)")
@@ -153,6 +155,8 @@ class _Walk:
                 self._branch(operation, times)
             elif operation.name == "scf.while":
                 raise VirtualWidthError("a kernel has a while loop, whose trips nobody knows: it cannot be predicted.")
+            elif operation.name.startswith(_UNCOUNTED):
+                raise VirtualWidthError(f"a kernel has {operation.name}, whose bytes are not counted.")
             elif operation.name in ("tt.load", "tt.store", "ttg.async_copy_global_to_local"):
                 self._access(operation, times)
             elif operation.results:
