@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -245,7 +246,7 @@ def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
     device = torch.device("cuda" if model is None else "meta")
     tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
     problems = [Problem("write_read", width, tokens, dtype, device) for width in _widths(options)]
-    rows = tune.tune(problems, 60 * options.minutes, print, gpu=model)
+    rows = tune.tune(problems, 60 * options.minutes, partial(print, flush=True), gpu=model)
     if model is None:
         print(f"{tune.write(rows)} has {len(rows)} new tiles; kernels read it before their first launch")
     else:

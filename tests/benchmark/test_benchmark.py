@@ -279,6 +279,13 @@ def test_results_are_not_replaced_unasked(monkeypatch, tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0 and json.loads(path.read_text())["results"]
 
 
+def test_a_prediction_is_named_for_no_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    where = {"committed": False, "overwrite": False}
+    assert str(report.choose_path(None, "predict-h200", None, **where)) == "results/predict-h200.json"
+    assert report.choose_path(None, "kernels", torch.device("cpu"), **where).match("results/kernels-*-thread*.json")
+
+
 def test_interrupted(monkeypatch, tmp_path, capsys):
     class Interrupted(Composed):
         def read(self, h_TNE, p):
