@@ -12,6 +12,9 @@ from torch.overrides import TorchFunctionMode
 from megatron_vwn.cpu.stand_in import constructed_by
 
 
+_ASK_FOR_DEVICES = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to})
+
+
 def _is_cuda(device) -> bool:
     """Whether a device argument in any of its spellings ("cuda", "cuda:0", 0, torch.device) means a GPU."""
     if isinstance(device, torch.device):
@@ -25,6 +28,8 @@ class CudaIsCpu(TorchFunctionMode):
     """While active, every tensor asked for on a CUDA device is made, or stays, on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not kwargs and func not in _ASK_FOR_DEVICES:  # almost always, and thousands of times in a step
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]

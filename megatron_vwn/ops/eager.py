@@ -300,7 +300,7 @@ def average_copies(h_TNE: Tensor, m: int) -> Tensor:
     """The mean of the copies of each backbone segment, [T, M, E]: what undoes ``tile`` for every n >= m."""
     # Half precisions are summed in fp32, without a copy of the stream in fp32 where blocks are whole.
     n, dtype = h_TNE.shape[-2], accumulation_dtype(h_TNE.dtype)
-    if h_TNE.dtype != dtype and n % m == 0:
+    if n % m == 0:
         return h_TNE.unflatten(-2, (-1, m)).mean(-3, dtype=dtype)
     h_TNE = h_TNE.to(dtype)
     sums_TME = sum(torch.nn.functional.pad(block, (0, 0, 0, m - block.shape[-2])) for block in h_TNE.split(m, dim=-2))
