@@ -1,218 +1,213 @@
-"""``read``, ``write`` and ``write_read`` as autograd functions around the kernels."""
+"""``read``, ``write`` and ``write_read`` as autograd functions around the kernels.
 
-import math
+What makes the gates of a connection returns all gradients of its parameters: the write that takes the gates puts the
+gradient of its COEFFICIENTS into the slot of the logits' gradient, and the maker completes it with the read's and goes
+on to the logits, the routing, the scale and W. A static connection has no gates, and each operation its own part.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_vwn.ops.eager import normalize_input
-from megatron_vwn.ops.kernels.geometry import MAX_NORMED_SEGMENTS, Geometry
-from megatron_vwn.ops.kernels.launch import launch, programs, tiles
-from megatron_vwn.ops.kernels.packing import Columns, Folded, ProgramSums, fold, unfold
-from megatron_vwn.ops.kernels.read import read_backward, read_forward
-from megatron_vwn.ops.kernels.write import write_backward, write_forward
-from megatron_vwn.ops.kernels.write_read import write_read_backward, write_read_forward
-from megatron_vwn.ops.parameters import ConnectionParameters, InputNorm
+from megatron_vwn.ops.kernels import (
+    batched_backward,
+    batched_forward,
+    small_backward,
+    small_forward,
+    wide_backward,
+    wide_forward,
+)
+from megatron_vwn.ops.kernels.geometry import MAX_BATCHED, MAX_SMALL
+from megatron_vwn.ops.kernels.sums import routing_gradients
+from megatron_vwn.ops.kernels.tables import Prepared, prepare
+from megatron_vwn.ops.kernels.weight import weight_gradients
+from megatron_vwn.ops.parameters import ConnectionParameters, Gates
+
+_PARAMETERS = ("routing_NK", "scale_NK", "weight_EK", "norm_E")
 
 
-def read(h_TNE: Tensor, p: ConnectionParameters, input_norm: InputNorm | None = None) -> Tensor:
-    """X = A_read^T H, or its norm: [T, D] in the dtype of h."""
-    return _Read.apply(_Shape(p, input_norm), h_TNE, _weight(input_norm), *Columns.of(p, p.read_columns))
+def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
+    """X = A_read^T H, [T, D] in the dtype of h, and the gates of h; None for a static connection."""
+    x_TD, *gates = _Read.apply(p, h_TNE, *_tensors(p))
+    return x_TD, Gates(*gates) if p.dynamic else None
 
 
-def write(h_TNE: Tensor, y_TD: Tensor, p: ConnectionParameters) -> Tensor:
-    """H' = B^T Y + A_carry^T H: [T, N, E] in the dtype of h."""
-    return _Write.apply(_Shape(p), h_TNE, y_TD, *Columns.of(p, p.write_columns))
+def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
+    """H' = B^T Y + A_carry^T H: [T, N, E] in the dtype of h, whose gates are given."""
+    return _Write.apply(p, h_TNE, y_TD, _logits(gates), *_tensors(p))
 
 
 def write_read(
-    h_TNE: Tensor,
-    y_TD: Tensor,
-    p: ConnectionParameters,
-    p_next: ConnectionParameters,
-    input_norm: InputNorm | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The write of one connection and the read of the next: H' [T, N, E] and X [T, D], or its norm, in the dtype of
-    h. Beyond MAX_NORMED_SEGMENTS the norm is an operation of its own, which keeps X."""
-    if input_norm is not None and p.n > MAX_NORMED_SEGMENTS:
-        out_TNE, x_TD = write_read(h_TNE, y_TD, p, p_next)
-        return out_TNE, normalize_input(x_TD, input_norm)
-    columns = (*Columns.of(p, p.write_columns), *Columns.of(p_next, p_next.read_columns))
-    return _WriteRead.apply(_Shape(p, input_norm), h_TNE, y_TD, _weight(input_norm), *columns)
+    h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters, p_next: ConnectionParameters
+) -> tuple[Tensor, Tensor, Gates | None]:
+    """The write of one connection and the read of the next: H', X [T, D] and the gates of H' for p_next."""
+    out_TNE, x_TD, *made = _WriteRead.apply(p, p_next, h_TNE, y_TD, _logits(gates), *_tensors(p), *_tensors(p_next))
+    return out_TNE, x_TD, Gates(*made) if p_next.dynamic else None
 
 
-def _weight(input_norm: InputNorm | None) -> Tensor | None:
-    return None if input_norm is None else input_norm.weight_D
+def _logits(gates: Gates | None) -> Tensor | None:
+    return None if gates is None else gates.logits_TNK
 
 
-class _Shape:
-    """What a connection is, without its tensors."""
-
-    def __init__(self, p: ConnectionParameters, input_norm: InputNorm | None = None):
-        self.m, self.n, self.carry, self.eps = p.m, p.n, p.num_carry, p.eps
-        self.dynamic, self.sigmoid = p.dynamic, p.gate == "sigmoid"
-        self.norm_eps = None if input_norm is None else input_norm.eps
-
-    def geometry(self, kernel: triton.JITFunction, h_TNE: Tensor) -> Geometry:
-        """Constants of a kernel that works on H."""
-        return Geometry.of(
-            m=self.m,
-            n=self.n,
-            carry=self.carry,
-            segment_size=h_TNE.shape[-1],
-            dynamic=self.dynamic,
-            sigmoid=self.sigmoid,
-            dtype=h_TNE.dtype,
-            kernel=kernel.__name__,
-            normed=self.norm_eps is not None,
-        )
-
-    def scalars(self, h_TNE: Tensor) -> tuple[int, float, float]:
-        """Tokens, eps and 1/tau, the arguments that every kernel ends with."""
-        return h_TNE.shape[0], self.eps, 1 / math.sqrt(h_TNE.shape[-1])
+def _tensors(p: ConnectionParameters) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(p, name) for name in _PARAMETERS)
 
 
-class _Norm(NamedTuple):
-    """The norm of the sublayer's input as kernels take it; all None without one."""
+def _with(p: ConnectionParameters, tensors: Sequence[Tensor | None]) -> ConnectionParameters:
+    """The connection with the tensors that autograd saved of it, and knows to be unchanged."""
+    return p._replace(**dict(zip(_PARAMETERS, tensors, strict=True)))
 
-    weight_D: Tensor | None
-    inverse_T: Tensor | None
-    sums_PME: Tensor | None = None
 
-    @classmethod
-    def forward(cls, h_TNE: Tensor, weight_D: Tensor | None) -> "_Norm":
-        """With room for 1/rms of each token's input."""
-        if weight_D is None:
-            return cls(None, None)
-        return cls(weight_D.float().contiguous(), h_TNE.new_empty(h_TNE.shape[0], dtype=torch.float32))
-
-    @classmethod
-    def backward(cls, programs: int, weight_D: Tensor | None, inverse_T: Tensor | None) -> "_Norm":
-        """With each program's own sums, as ``ProgramSums`` has them."""
-        if weight_D is None:
-            return cls(None, None)
-        sums_PME = weight_D.new_zeros(programs, weight_D.shape[0], dtype=torch.float32)
-        return cls(weight_D.float().contiguous(), inverse_T, sums_PME)
-
-    def gradient(self, weight_D: Tensor | None) -> Tensor | None:
-        """Of the weight, in its dtype."""
-        return None if weight_D is None else self.sums_PME.sum(0).to(weight_D.dtype)
+def _without_tensors(p: ConnectionParameters) -> ConnectionParameters:
+    """For ctx, which must not hold what ``save_for_backward`` does."""
+    return _with(p, [None] * len(_PARAMETERS))
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shape: _Shape, h_TNE: Tensor, norm_D: Tensor | None, *columns: Tensor | None) -> Tensor:
+    def forward(ctx, p: ConnectionParameters, h_TNE: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         h_TNE = h_TNE.contiguous()
-        ctx.shape = shape
-        norm = _Norm.forward(h_TNE, norm_D)
-        ctx.save_for_backward(h_TNE, norm_D, norm.inverse_T, *columns)
-        geometry = shape.geometry(read_forward, h_TNE)
-        x_TME = h_TNE.new_empty(h_TNE.shape[0], shape.m, h_TNE.shape[-1])
-        p = fold(Columns(*columns), h_TNE.dtype)
-        launch(
-            read_forward, tiles(h_TNE, geometry), geometry,
-            h_TNE, p.weight_KE, p.routing_NK, p.scale_NK, x_TME, norm.weight_D, norm.inverse_T,
-            *shape.scalars(h_TNE), shape.norm_eps,
-        )  # fmt: skip
-        return x_TME.flatten(1)
+        q = prepare(p, h_TNE.dtype)
+        _, x_TME, z_TNK, inverse_rms_TN = _family(p.n).forward(h_TNE, None, None, None, q)
+        _keep(ctx, z_TNK, inverse_rms_TN)
+        ctx.p = _without_tensors(p)
+        ctx.save_for_backward(h_TNE, z_TNK, inverse_rms_TN, *tensors)
+        return _made(x_TME, z_TNK, inverse_rms_TN)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx_TD: Tensor):
-        h_TNE, norm_D, inverse_T, *columns = ctx.saved_tensors
-        shape, columns = ctx.shape, Columns(*columns)
-        geometry = shape.geometry(read_backward, h_TNE)
-        p, dh_TNE = fold(columns, h_TNE.dtype), torch.empty_like(h_TNE)
-        grid = programs(h_TNE, tiles(h_TNE, geometry))
-        sums = ProgramSums(grid, geometry, h_TNE, carry=False, blocks=1)
-        norm = _Norm.backward(grid, norm_D, inverse_T)
-        launch(
-            read_backward, grid, geometry,
-            h_TNE, dx_TD.contiguous(), p.weight_KE, p.routing_NK, p.scale_NK,
-            dh_TNE, sums.weight_PKE, sums.routing_P, sums.scale_P, norm.weight_D, norm.inverse_T, norm.sums_PME,
-            *shape.scalars(h_TNE),
-        )  # fmt: skip
-        return None, dh_TNE, norm.gradient(norm_D), *unfold(columns, *sums.total())
+    def backward(ctx, dx_TD: Tensor | None, dc_TNK: Tensor | None = None, _=None):
+        h_TNE, z_TNK, inverse_rms_TN, *tensors = ctx.saved_tensors
+        p = _with(ctx.p, tensors)
+        q, dx_TME = prepare(p, h_TNE.dtype), _segments(dx_TD, h_TNE, p.m)
+        dh_TNE, _, _, dz_TNK, dc_TNK = _family(p.n).backward(
+            h_TNE, None, None, None, h_TNE, z_TNK, inverse_rms_TN, q, None, dx_TME, _contiguous(dc_TNK)
+        )
+        return None, dh_TNE, *_reader_gradients(p, q, h_TNE, z_TNK, dz_TNK, dc_TNK)
 
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shape: _Shape, h_TNE: Tensor, y_TD: Tensor, *columns: Tensor | None) -> Tensor:
+    def forward(
+        ctx, p: ConnectionParameters, h_TNE: Tensor, y_TD: Tensor, z_TNK: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
         h_TNE, y_TD = h_TNE.contiguous(), y_TD.contiguous()
-        ctx.shape = shape
-        ctx.save_for_backward(h_TNE, y_TD, *columns)
-        geometry, out_TNE = shape.geometry(write_forward, h_TNE), torch.empty_like(h_TNE)
-        p = fold(Columns(*columns), h_TNE.dtype)
-        launch(
-            write_forward, tiles(h_TNE, geometry), geometry,
-            h_TNE, y_TD, p.weight_KE, p.routing_NK, p.scale_NK, out_TNE, *shape.scalars(h_TNE),
-        )  # fmt: skip
+        out_TNE, _, _, _ = _family(p.n).forward(h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, prepare(p, None), None)
+        ctx.p = _without_tensors(p)
+        ctx.save_for_backward(h_TNE, y_TD, z_TNK, *tensors)
         return out_TNE
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_TNE: Tensor):
-        h_TNE, y_TD, *columns = ctx.saved_tensors
-        shape, columns = ctx.shape, Columns(*columns)
-        geometry = shape.geometry(write_backward, h_TNE)
-        p, dh_TNE, dy_TD = fold(columns, h_TNE.dtype), torch.empty_like(h_TNE), torch.empty_like(y_TD)
-        grid = programs(h_TNE, tiles(h_TNE, geometry))
-        sums = ProgramSums(grid, geometry, h_TNE, carry=shape.carry > 0, blocks=1)
-        launch(
-            write_backward, grid, geometry,
-            h_TNE, y_TD, dout_TNE.contiguous(), p.weight_KE, p.routing_NK, p.scale_NK,
-            dh_TNE, dy_TD, sums.weight_PKE, sums.routing_P, sums.scale_P, *shape.scalars(h_TNE),
-        )  # fmt: skip
-        return None, dh_TNE, dy_TD, *unfold(columns, *sums.total())
+        h_TNE, y_TD, z_TNK, *tensors = ctx.saved_tensors
+        p = _with(ctx.p, tensors)
+        written = prepare(p, None)
+        dh_TNE, dy_TME, dc_TNK, _, _ = _family(p.n).backward(
+            h_TNE,
+            _segments(y_TD, h_TNE, p.m),
+            z_TNK,
+            written,
+            None,
+            None,
+            None,
+            None,
+            dout_TNE.contiguous(),
+            None,
+            None,
+        )
+        return None, dh_TNE, dy_TME.flatten(1), *_writer_gradients(written, dc_TNK)
 
 
 class _WriteRead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, shape: _Shape, h_TNE: Tensor, y_TD: Tensor, norm_D: Tensor | None, *columns: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx, p: ConnectionParameters, p_next: ConnectionParameters,
+        h_TNE: Tensor, y_TD: Tensor, z_TNK: Tensor | None, *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         h_TNE, y_TD = h_TNE.contiguous(), y_TD.contiguous()
-        ctx.shape = shape
-        norm = _Norm.forward(h_TNE, norm_D)
-        ctx.save_for_backward(h_TNE, y_TD, norm_D, norm.inverse_T, *columns)
-        geometry, out_TNE = shape.geometry(write_read_forward, h_TNE), torch.empty_like(h_TNE)
-        x_TME = h_TNE.new_empty(h_TNE.shape[0], shape.m, h_TNE.shape[-1])
-        w, r = _fold_both(columns, h_TNE.dtype)
-        launch(
-            write_read_forward, tiles(h_TNE, geometry), geometry,
-            h_TNE, y_TD, w.weight_KE, w.routing_NK, w.scale_NK, r.weight_KE, r.routing_NK, r.scale_NK,
-            out_TNE, x_TME, norm.weight_D, norm.inverse_T, *shape.scalars(h_TNE), shape.norm_eps,
-        )  # fmt: skip
-        return out_TNE, x_TME.flatten(1)
+        out_TNE, x_TME, z_next_TNK, inverse_rms_TN = _family(p.n).forward(
+            h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, prepare(p, None), prepare(p_next, h_TNE.dtype)
+        )
+        _keep(ctx, z_next_TNK, inverse_rms_TN)
+        ctx.p, ctx.p_next = _without_tensors(p), _without_tensors(p_next)
+        ctx.save_for_backward(h_TNE, y_TD, z_TNK, out_TNE, z_next_TNK, inverse_rms_TN, *tensors)
+        return out_TNE, *_made(x_TME, z_next_TNK, inverse_rms_TN)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout_TNE: Tensor, dx_TD: Tensor):
-        h_TNE, y_TD, norm_D, inverse_T, *columns = ctx.saved_tensors
-        shape = ctx.shape
-        geometry = shape.geometry(write_read_backward, h_TNE)
-        w, r = _fold_both(columns, h_TNE.dtype)
-        dh_TNE, dy_TD = torch.empty_like(h_TNE), torch.empty_like(y_TD)
-        grid = programs(h_TNE, tiles(h_TNE, geometry))
-        sums = ProgramSums(grid, geometry, h_TNE, carry=shape.carry > 0, blocks=2)
-        norm = _Norm.backward(grid, norm_D, inverse_T)
-        scratch = h_TNE.new_empty(grid * geometry.scratch, dtype=torch.float32)
-        launch(
-            write_read_backward, grid, geometry,
-            h_TNE, y_TD, dx_TD.contiguous(), dout_TNE.contiguous(),
-            w.weight_KE, w.routing_NK, w.scale_NK, r.weight_KE, r.routing_NK, r.scale_NK,
-            dh_TNE, dy_TD, sums.weight_PKE, sums.routing_P, sums.scale_P, scratch,
-            norm.weight_D, norm.inverse_T, norm.sums_PME, *shape.scalars(h_TNE),
+    def backward(ctx, dout_TNE: Tensor | None, dx_TD: Tensor | None, dc_next_TNK: Tensor | None = None, _=None):
+        h_TNE, y_TD, z_TNK, out_TNE, z_next_TNK, inverse_rms_TN, *tensors = ctx.saved_tensors
+        p, p_next = _with(ctx.p, tensors[:4]), _with(ctx.p_next, tensors[4:])
+        written, q = prepare(p, None), prepare(p_next, h_TNE.dtype)
+        dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK = _family(p.n).backward(
+            h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, written, out_TNE, z_next_TNK, inverse_rms_TN, q,
+            torch.zeros_like(out_TNE) if dout_TNE is None else dout_TNE.contiguous(),
+            _segments(dx_TD, h_TNE, p.m), _contiguous(dc_next_TNK),
         )  # fmt: skip
-        routing_NK, scale_NK, weight_KE = sums.total()
-        split = shape.carry + shape.m
-        written = unfold(Columns(*columns[:4]), routing_NK[:, :split], scale_NK[:, :split], weight_KE[:split])
-        was_read = unfold(Columns(*columns[4:]), routing_NK[:, split:], scale_NK[:, split:], weight_KE[split:])
-        return None, dh_TNE, dy_TD, norm.gradient(norm_D), *written, *was_read
+        return (
+            None, None, dh_TNE, dy_TME.flatten(1), *_writer_gradients(written, dc_TNK),
+            *_reader_gradients(p_next, q, out_TNE, z_next_TNK, dz_next_TNK, dc_next_TNK),
+        )  # fmt: skip
 
 
-def _fold_both(columns: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Folded, Folded]:
-    return fold(Columns(*columns[:4]), dtype), fold(Columns(*columns[4:]), dtype)
+class _Family(NamedTuple):
+    """The kernels for some numbers of segments; all families have the same two functions."""
+
+    forward: Callable
+    backward: Callable
+
+
+_SMALL = _Family(small_forward.forward, small_backward.backward)
+_BATCHED = _Family(batched_forward.forward, batched_backward.backward)
+_WIDE = _Family(wide_forward.forward, wide_backward.backward)
+
+
+def _family(n: int) -> _Family:
+    if n <= MAX_SMALL:
+        return _SMALL
+    return _BATCHED if n <= MAX_BATCHED else _WIDE
+
+
+def _keep(ctx, z_TNK: Tensor | None, inverse_rms_TN: Tensor | None) -> None:
+    # An output that nobody used has no gradient, rather than one of zeros to be filled and read.
+    ctx.set_materialize_grads(False)
+    if inverse_rms_TN is not None:
+        ctx.mark_non_differentiable(inverse_rms_TN)
+
+
+def _made(x_TME: Tensor, z_TNK: Tensor | None, inverse_rms_TN: Tensor | None) -> tuple[Tensor, ...]:
+    return (x_TME.flatten(1),) if z_TNK is None else (x_TME.flatten(1), z_TNK, inverse_rms_TN)
+
+
+def _segments(x_TD: Tensor | None, h_TNE: Tensor, m: int) -> Tensor:
+    """As contiguous [T, M, E]; zeros where there is none."""
+    if x_TD is None:
+        return h_TNE.new_zeros(h_TNE.shape[0], m, h_TNE.shape[-1])
+    return x_TD.contiguous().view(h_TNE.shape[0], m, h_TNE.shape[-1])
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _reader_gradients(
+    p: ConnectionParameters, q: Prepared, out_TNE: Tensor, z_TNK: Tensor | None, dz_TNK: Tensor | None, dc_TNK: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of the parameters of the connection that read out, all of them if it is dynamic."""
+    if not p.dynamic:
+        read = slice(q.columns - q.m, q.columns)
+        return routing_gradients(dc_TNK, None, q, read)[0], None, None, None
+    routing = routing_gradients(dc_TNK, z_TNK, q, slice(0, q.columns))
+    return *routing, *weight_gradients(out_TNE, dz_TNK, p)
+
+
+def _writer_gradients(p: Prepared, dc_TNK: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the logits' slot and of the parameters of the connection that wrote."""
+    if p.dynamic:
+        return dc_TNK, None, None, None, None
+    written = slice(0, p.columns - p.m)
+    return None, routing_gradients(dc_TNK, None, p, written)[0], None, None, None

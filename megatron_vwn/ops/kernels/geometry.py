@@ -1,107 +1,122 @@
-"""The compile-time geometry of a kernel: the stream, and a tile small enough for registers.
+"""The tiles of the kernels: a table by kernel, segments and architecture, which a measurement on the machine overrides.
 
-``vwn-benchmark kernels --compile-only sm_90`` shows what the choices below need.
+Whatever tile a kernel gets, it computes the same function; only time, registers and shared memory depend on it.
 """
 
-from dataclasses import dataclass
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import triton
+from triton.runtime import driver
 
-# The largest n whose [n, n] matrices of one token fit in registers beside the tiles.
-MAX_SEGMENTS = 64
-# The largest n whose write_read can normalise X, too: at n = 64 its backward kernel spills registers.
-MAX_NORMED_SEGMENTS = 32
-# Rows that fill a warp's tensor-core instruction twice; fewer would leave warps idle.
-_MIN_ROWS = 32
+# The largest n of each family of kernels, and of all.
+MAX_SMALL, MAX_BATCHED, MAX_SEGMENTS = 8, 32, 64
 _MIN_DOT = 16
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """A kernel's constants; one object, so that kernels and their helpers agree. Suffixes as in ``ops.kernels.device``.
+class Tile(NamedTuple):
+    """How a kernel cuts its work; a kernel ignores what it has no use for.
 
     Attributes:
-        m, n: of the stream.
-        carry: columns of the carry, n or 0 for the identity.
-        segment_size: E.
-        dynamic: whether coefficients depend on the token.
-        sigmoid: whether the gate is the sigmoid, not tanh.
-        normed: whether the sublayer's input is normalised.
-        tokens: tokens of a tile.
-        padded_n, padded_m: n and m, rounded up to a power of two.
-        rows: R = tokens * padded_n.
-        backbone_rows: S = tokens * padded_m, at least 16.
-        channels: B, channels of a chunk.
+        tokens: tokens of a program; rows of a chunk where these are what a product sums over.
+        channels: channels of a chunk of the first walk over E.
+        second_channels: of the second walk.
         warps: warps of a program.
-        stages: depth of the software pipeline of a walk over E.
+        stages: depth of the software pipeline of the first walk.
+        second_stages: of the second walk.
+        maxnreg: the most registers of a thread; None leaves it to the compiler.
     """
 
-    m: int
-    n: int
-    carry: int
-    segment_size: int
-    dynamic: bool
-    sigmoid: bool
-    normed: bool
-    tokens: int
-    padded_n: int
-    padded_m: int
-    rows: int
-    backbone_rows: int
-    channels: int
-    warps: int
-    stages: int
+    tokens: int = 1
+    channels: int = 32
+    second_channels: int = 32
+    warps: int = 4
+    stages: int = 3
+    second_stages: int = 3
+    maxnreg: int | None = None
 
-    @classmethod
-    def of(
-        cls, *, m: int, n: int, carry: int, segment_size: int, dynamic: bool, sigmoid: bool, dtype: torch.dtype,
-        kernel: str, normed: bool = False,
-    ) -> "Geometry":  # fmt: skip
-        """The geometry of one kernel, "read_forward" or another, for a stream of some dtype."""
-        padded_n, padded_m = _power_of_two(n), _power_of_two(m)
-        rows = max(padded_n, _MIN_ROWS)
-        wide = rows >= MAX_SEGMENTS
-        # Compiled for sm_90 in bf16, (m, n) from (2, 3) to (8, 64), D = 2048 and 4096: with these nothing is spilled. A
-        # pipeline needs registers for the offsets of chunks ahead: write_backward has two stages and, because it spills
-        # with them where the gate is the sigmoid, one there. write_read_backward, with the most matrices, spills with
-        # two, and with chunks of 64 channels where n = 32 or the gate is the sigmoid; write_read_forward with 128.
-        # Normalising X needs registers, too: read_forward has chunks of 64 channels then, read_backward two stages, and
-        # write_read_backward chunks of 16 where (4, 16) at D = 4096 would spill three words.
-        channels = 128 if kernel in ("read_forward", "write_forward") and not wide and not normed else 64
-        stages = 3
-        if kernel == "write_backward":
-            stages = 1 if sigmoid else 2
-        elif kernel == "read_backward" and normed:
-            stages = 2
-        elif kernel == "write_read_backward":
-            channels, stages = 16 if normed and padded_m > 2 and segment_size > 512 else 32, 1
-        if dtype == torch.float32:
-            channels //= 2
-        tokens = rows // padded_n
-        return cls(
-            m=m,
-            n=n,
-            carry=carry,
-            segment_size=segment_size,
-            dynamic=dynamic,
-            sigmoid=sigmoid,
-            normed=normed,
-            tokens=tokens,
-            padded_n=padded_n,
-            padded_m=padded_m,
-            rows=rows,
-            backbone_rows=max(tokens * padded_m, _MIN_DOT),
-            channels=max(_MIN_DOT, min(channels, _power_of_two(segment_size))),
-            warps=8 if wide else 4,
-            stages=stages,
-        )
-
-    @property
-    def scratch(self) -> int:
-        """fp32 elements of scratch memory that a program of ``write_read_backward`` needs."""
-        r, s = self.rows, self.backbone_rows
-        return 2 * r * r + 3 * r * s + s * s + (2 * r * r + 3 * r * s if self.normed else 0)
+    def fit(self, segment_size: int, dtype: torch.dtype) -> "Tile":
+        """For segments of so many channels, a power of two of them a chunk; half as many where each takes 4 bytes, and
+        then as many registers as there are: products of fp32 need them."""
+        half = 2 if dtype.itemsize == 4 else 1
+        most = max(_MIN_DOT, triton.next_power_of_2(segment_size))
+        channels, second = (max(_MIN_DOT, min(c // half, most)) for c in (self.channels, self.second_channels))
+        return self._replace(channels=channels, second_channels=second, maxnreg=self.maxnreg if half == 1 else None)
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+# {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
+TABLE: dict[tuple[str, int, str], Tile] = {
+    **{("small_forward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
+    ("small_forward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+    **{("small_backward", n, "any"): Tile(channels=256, warps=1, stages=1) for n in (1, 2, 4)},
+    ("small_backward", 8, "any"): Tile(channels=128, warps=1, stages=1),
+    # Triton's interpreter takes as long for a small tile as for a larger one.
+    **{
+        (f"batched_{kernel}", n, "interpreter"): Tile(tokens=8, channels=128, second_channels=128)
+        for kernel in ("forward", "gates", "stream")
+        for n in (16, 32)
+    },
+    ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
+    ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
+    ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 32, "any"): Tile(tokens=4, channels=32, warps=4),
+    ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
+    ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
+    ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
+    ("wide_gates", 64, "any"): Tile(channels=64),
+    ("wide_stream", 64, "any"): Tile(stages=2, maxnreg=168),
+    **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
+    ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
+    ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),
+}
+
+
+def tile(kernel: str, n: int, device: torch.device) -> Tile:
+    """The tile of a kernel by name, as measured on this machine, else of the table."""
+    return _tile(kernel, triton.next_power_of_2(n), _architecture(device))
+
+
+def tuned_file() -> Path:
+    """Where ``vwn-benchmark tune`` puts what it found: a list of objects with kernel, n, architecture and tile."""
+    return Path(os.environ.get("VWN_TILES") or Path.home() / ".cache" / "megatron_vwn" / "tiles.json")
+
+
+def forget_tuned() -> None:
+    """Read the file again before the next launch."""
+    _tuned.cache_clear()
+    _tile.cache_clear()
+
+
+@cache
+def _tile(kernel: str, n: int, architecture: str) -> Tile:
+    found = _tuned().get((kernel, n, architecture))
+    for table_key in ((kernel, n, architecture), (kernel, n, "any")):
+        found = found or TABLE.get(table_key)
+    return found or Tile()
+
+
+@cache
+def _tuned() -> dict[tuple[str, int, str], Tile]:
+    try:
+        rows = json.loads(tuned_file().read_text())
+    except FileNotFoundError:
+        return {}
+    return {(row["kernel"], row["n"], row["architecture"]): Tile(**row["tile"]) for row in rows}
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type == "cuda":
+        return _architecture_of(device.index)
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return f"sm_{driver.active.get_current_target().arch}"
+
+
+@cache
+def _architecture_of(index: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{10 * major + minor}"

@@ -1,10 +1,10 @@
-"""Launching a kernel: how many programs, and Triton's interpreter where there is no GPU."""
+"""Launching a kernel: its options, how many programs, and Triton's interpreter where there is no GPU."""
 
 import torch
 import triton
 from torch import Tensor
 
-from megatron_vwn.ops.kernels.geometry import Geometry
+from megatron_vwn.ops.kernels.geometry import Tile
 
 # Enough programs to keep a GPU's memory busy while each still owns its sums; without a GPU, enough to be several.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -17,20 +17,24 @@ if INTERPRETED:
     repair()
 
 
-def launch(kernel: triton.JITFunction, grid: int, geometry: Geometry, *arguments) -> None:
-    """Run a kernel on a one-dimensional grid; a grid of no programs is no launch."""
-    if grid:
-        with torch.cuda.device_of(arguments[0]):
-            kernel[(grid,)](*arguments, G=geometry, num_warps=geometry.warps, num_stages=geometry.stages)
+def launch(kernel: triton.JITFunction, grid: int | tuple[int, ...], tile: Tile, *arguments, **constants) -> None:
+    """Run a kernel whose first argument is a tensor; a grid of no programs is no launch.
 
-
-def tiles(h_TNE: Tensor, geometry: Geometry) -> int:
-    """Tiles of all tokens: the programs of a forward kernel."""
-    return triton.cdiv(h_TNE.shape[0], geometry.tokens)
+    Products and sums are fused into one rounding, which is stated because compilers differ in their default. Launches
+    of the autograd engine come from threads that have not chosen a device, so the tensor's is chosen.
+    """
+    grid = (grid,) if isinstance(grid, int) else grid
+    if 0 in grid:
+        return
+    options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](
+            *arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **options
+        )
 
 
 def programs(h_TNE: Tensor, work: int) -> int:
-    """Programs of a backward kernel, which take so many tiles, or tokens, in turn."""
+    """Programs of a kernel that takes so many tokens in turn."""
     most = _PROGRAMS_WITHOUT_GPU
     if h_TNE.is_cuda:
         properties = torch.cuda.get_device_properties(h_TNE.device)
