@@ -119,7 +119,7 @@ class VWNConnection(nn.Module):
         identity_MM = identity_NN[: self.m, : self.m]
         return torch.cat([identity_NN[:, : self.m], identity_NN[:, : self.num_carry], tile(identity_MM, self.n)], -1)
 
-    def read(self, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def read(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The sublayer's input X [..., D], and what ``write`` wants back: A_carry [T, N, N or 0] and B^T [T, N, M]."""
         with without_autocast(hidden_states.device):
             h_TNE = self._segments(hidden_states)
@@ -128,7 +128,7 @@ class VWNConnection(nn.Module):
             x_TME = torch.bmm(read_TNM.mT, h_TNE)
             return x_TME.view(*hidden_states.shape[:-1], self.m * self.segment_size).to(hidden_states.dtype), kept
 
-    def write(self, hidden_states: Tensor, output: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
+    def write(self, hidden_states: Tensor, output: Tensor, kept: list[Tensor]) -> Tensor:
         """H' from the state that was read, the sublayer's output [..., D] and what ``read`` gave."""
         with without_autocast(hidden_states.device):
             h_TNE = self._segments(hidden_states)
@@ -145,11 +145,12 @@ class VWNConnection(nn.Module):
         return h_TNE.to(accumulation_dtype(hidden_states.dtype))
 
     def _coefficients(self, h_TNE: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.prepared is None or torch.compiler.is_compiling():
-            prepared = self._prepare(h_TNE.dtype)
+        # [A_read | A_carry | B^T] of each token, in the dtype of h.
+        if torch.compiler.is_compiling() or self.prepared is None:
+            static_NK, *dynamic = self._prepare(h_TNE.dtype)
         else:
-            prepared = self.prepared = self.prepared or self._prepare(h_TNE.dtype)
-        static_NK, *dynamic = prepared
+            self.prepared = self.prepared or self._prepare(h_TNE.dtype)
+            static_NK, *dynamic = self.prepared
         if self.dynamic:
             coefficients_TNK = self._gated(h_TNE, dtype, static_NK, *dynamic)
         else:
@@ -161,7 +162,9 @@ class VWNConnection(nn.Module):
             coefficients_TNK = torch.cat([read_TNM, carry_TNN, write_TNM], dim=-1)
         return coefficients_TNK
 
-    def _gated(self, h_TNE: Tensor, dtype: torch.dtype, static_NK: Tensor, scale_NK: Tensor, weight_EK: Tensor):
+    def _gated(
+        self, h_TNE: Tensor, dtype: torch.dtype, static_NK: Tensor, scale_NK: Tensor, weight_EK: Tensor
+    ) -> Tensor:
         h_RE = h_TNE.view(-1, self.segment_size)
         # RMSNorm's mean and 1 / sqrt(E) make it a sum.
         squares_R1 = torch.linalg.vector_norm(h_RE, dim=1, keepdim=True).square()
@@ -292,20 +295,22 @@ class VWNRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [batch, sequence] to two tensors [batch, sequence, rotated] of x's dtype."""
+        """Positions [batch, sequence] to two tensors [batch, 1, sequence, rotated] of x's dtype: cosines, and sines
+        with the signs that ``apply_rotary`` wants."""
         with torch.autocast(x.device.type, enabled=False):
-            angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
-            angles = torch.cat((angles, angles), dim=-1)
+            angles = position_ids[:, None, :, None].float() * self.inv_freq.float().to(x.device)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first channels of [batch, heads, sequence, head_dim] in two halves."""
-    cos, sin = cos[:, None], sin[:, None]
-    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = rotated.chunk(2, dim=-1)
-    return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+    if cos.shape[-1] < x.shape[-1]:
+        rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        return torch.cat((apply_rotary(rotated, cos, sin), rest), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((second, first), dim=-1) * sin
 
 
 def eager_attention_forward(
