@@ -13,8 +13,8 @@ Learned A, B, S, W_expand and W_reduce are deviations from the paper's initial v
 sublayers the state is [batch, sequence, N * E].
 """
 
-import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,9 @@ def tile(x_ME: Tensor, n: int) -> Tensor:
 def average_copies(h_NE: Tensor, m: int) -> Tensor:
     """The mean of the copies of each backbone segment: what undoes ``tile``."""
     n = h_NE.shape[-2]
-    sums_ME = sum(F.pad(block, (0, 0, 0, m - block.shape[-2])) for block in h_NE.split(m, dim=-2))
-    copies_M = torch.tensor([len(range(i, n, m)) for i in range(m)], dtype=h_NE.dtype, device=h_NE.device)
-    return sums_ME / copies_M[:, None]
+    if n % m == 0:
+        return h_NE.unflatten(-2, (-1, m)).mean(-3)
+    return torch.stack([h_NE[..., i::m, :].mean(-2) for i in range(m)], dim=-2)
 
 
 def sinkhorn(logits_NN: Tensor) -> Tensor:
@@ -80,14 +80,20 @@ def sinkhorn(logits_NN: Tensor) -> Tensor:
     return a_NN
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would take products down to half precision. Cheap where there is none: two per sublayer and token."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
 class VWNConnection(nn.Module):
     """What replaces the residual connection of one sublayer.
 
         tanh:     [A_read | A_carry | B^T] = S o tanh(RMSNorm(H) W / sqrt(E)) + A        static:  A
         sigmoid:                             A o 2 sigmoid(S o (RMSNorm(H) W / sqrt(E)))
 
-    Only deviations from the initial pattern [I_m; 0 | I_n | tiling] are multiplied, in fp32, so a bf16 stream is added
-    to and never multiplied by a rounded 1 + something.
+    Coefficients, products and sums are fp32 at least; RMSNorm(H) W / sqrt(E) is rounded to the stream's dtype, in which
+    training keeps it.
     """
 
     def __init__(self, config: VWNConfig):
@@ -104,55 +110,82 @@ class VWNConnection(nn.Module):
             self.scale = nn.Parameter(torch.zeros(self.n * self.num_coefficients))
             self.weight = nn.Parameter(torch.zeros(self.segment_size, self.num_coefficients))
             self.norm = nn.Parameter(torch.ones(self.segment_size))
+        self.register_buffer("pattern", self.initial_pattern(), persistent=False)
+        self.prepared: tuple[Tensor, ...] | None = None
 
-    def read(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The sublayer's input X [..., D], and the deviations [..., N, K] that ``write`` wants back."""
-        # Autocast would take the products down to half precision.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            h_NE = self._segments(hidden_states)
-            deviation_NK = self._deviations(h_NE)
-            x_ME = h_NE[..., : self.m, :] + deviation_NK[..., : self.m].transpose(-1, -2) @ h_NE
-            return x_ME.to(hidden_states.dtype).flatten(-2), deviation_NK
-
-    def write(self, hidden_states: Tensor, output: Tensor, deviation_NK: Tensor) -> Tensor:
-        """H' from the state that was read and the sublayer's output [..., D]."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            h_NE = self._segments(hidden_states)
-            y_ME = output.to(h_NE.dtype).unflatten(-1, (self.m, -1))
-            _, carry_NN, write_NM = deviation_NK.split([self.m, self.num_carry, self.m], dim=-1)
-            out_NE = h_NE + tile(y_ME, self.n) + write_NM @ y_ME
-            if self.num_carry:
-                out_NE = out_NE + carry_NN.transpose(-1, -2) @ h_NE
-            return out_NE.to(hidden_states.dtype).flatten(-2)
-
-    def _segments(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.to(accumulation_dtype(hidden_states.dtype)).unflatten(-1, (self.n, self.segment_size))
-
-    def _deviations(self, h_NE: Tensor) -> Tensor:
-        deviation_NK = self.routing.to(h_NE.dtype).view(self.n, -1)
-        if self.dynamic:
-            scale_NK = 1 + self.scale.to(h_NE.dtype).view(self.n, -1)
-            rms_N1 = (h_NE.square().sum(-1, keepdim=True) / self.segment_size + self.eps).sqrt()
-            weight_EK = self.norm.to(h_NE.dtype)[:, None] * self.weight.to(h_NE.dtype)
-            logits_NK = h_NE @ weight_EK / (rms_N1 * math.sqrt(self.segment_size))
-            if self.gate == "tanh":
-                deviation_NK = scale_NK * torch.tanh(logits_NK) + deviation_NK
-            else:
-                # 2 sigmoid(z) - 1 = tanh(z / 2): the gate's deviation from one, without cancellation.
-                gate_NK = torch.tanh(0.5 * scale_NK * logits_NK)
-                deviation_NK = self._pattern(h_NE) * gate_NK + deviation_NK * (1 + gate_NK)
-        if self.doubly_stochastic:
-            read_NM, carry_NN, write_NM = deviation_NK.split([self.m, self.n, self.m], dim=-1)
-            identity_NN = torch.eye(self.n, dtype=h_NE.dtype, device=h_NE.device)
-            carry_NN = sinkhorn(SINKHORN_KAPPA * identity_NN + carry_NN) - identity_NN
-            deviation_NK = torch.cat([read_NM, carry_NN, write_NM], dim=-1)
-        return deviation_NK
-
-    def _pattern(self, like: Tensor) -> Tensor:
+    def initial_pattern(self) -> Tensor:
         """The initial [A_read | A_carry | B^T] as [N, K]."""
-        identity_NN = torch.eye(self.n, dtype=like.dtype, device=like.device)
+        identity_NN = torch.eye(self.n)
         identity_MM = identity_NN[: self.m, : self.m]
         return torch.cat([identity_NN[:, : self.m], identity_NN[:, : self.num_carry], tile(identity_MM, self.n)], -1)
+
+    def read(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The sublayer's input X [..., D], and what ``write`` wants back: A_carry [T, N, N or 0] and B^T [T, N, M]."""
+        with without_autocast(hidden_states.device):
+            h_TNE = self._segments(hidden_states)
+            coefficients_TNK = self._coefficients(h_TNE, hidden_states.dtype)
+            read_TNM, *kept = coefficients_TNK.split([self.m, self.num_carry, self.m], dim=-1)
+            x_TME = torch.bmm(read_TNM.mT, h_TNE)
+            return x_TME.view(*hidden_states.shape[:-1], self.m * self.segment_size).to(hidden_states.dtype), kept
+
+    def write(self, hidden_states: Tensor, output: Tensor, kept: list[Tensor]) -> Tensor:
+        """H' from the state that was read, the sublayer's output [..., D] and what ``read`` gave."""
+        with without_autocast(hidden_states.device):
+            h_TNE = self._segments(hidden_states)
+            y_TME = output.to(h_TNE.dtype).reshape(-1, self.m, self.segment_size)
+            carry_TNN, write_TNM = kept
+            if self.num_carry:
+                out_TNE = torch.bmm(carry_TNN.mT, h_TNE).baddbmm_(write_TNM, y_TME)
+            else:
+                out_TNE = torch.baddbmm(h_TNE, write_TNM, y_TME)
+            return out_TNE.view_as(hidden_states).to(hidden_states.dtype)
+
+    def _segments(self, hidden_states: Tensor) -> Tensor:
+        h_TNE = hidden_states.reshape(-1, self.n, self.segment_size)
+        return h_TNE.to(accumulation_dtype(hidden_states.dtype))
+
+    def _coefficients(self, h_TNE: Tensor, dtype: torch.dtype) -> Tensor:
+        # [A_read | A_carry | B^T] of each token, in the dtype of h.
+        if torch.compiler.is_compiling() or self.prepared is None:
+            static_NK, *dynamic = self._prepare(h_TNE.dtype)
+        else:
+            self.prepared = self.prepared or self._prepare(h_TNE.dtype)
+            static_NK, *dynamic = self.prepared
+        if self.dynamic:
+            coefficients_TNK = self._gated(h_TNE, dtype, static_NK, *dynamic)
+        else:
+            coefficients_TNK = static_NK.expand(h_TNE.shape[0], -1, -1)
+        if self.doubly_stochastic:
+            read_TNM, carry_TNN, write_TNM = coefficients_TNK.split([self.m, self.n, self.m], dim=-1)
+            identity_NN = self.pattern[:, self.m : self.m + self.n]
+            carry_TNN = sinkhorn((SINKHORN_KAPPA - 1) * identity_NN + carry_TNN)
+            coefficients_TNK = torch.cat([read_TNM, carry_TNN, write_TNM], dim=-1)
+        return coefficients_TNK
+
+    def _gated(
+        self, h_TNE: Tensor, dtype: torch.dtype, static_NK: Tensor, scale_NK: Tensor, weight_EK: Tensor
+    ) -> Tensor:
+        h_RE = h_TNE.view(-1, self.segment_size)
+        # RMSNorm's mean and 1 / sqrt(E) make it a sum.
+        squares_R1 = torch.linalg.vector_norm(h_RE, dim=1, keepdim=True).square()
+        inverse_R1 = torch.rsqrt(squares_R1 + self.segment_size * self.eps)
+        logits_RK = (h_RE @ weight_EK * inverse_R1).to(dtype).to(h_TNE.dtype)
+        logits_TNK = logits_RK.view(-1, *static_NK.shape)
+        if self.gate == "tanh":
+            return torch.addcmul(static_NK, scale_NK, torch.rsub(logits_TNK.sigmoid(), 1, alpha=2))
+        return static_NK * (scale_NK * logits_TNK).sigmoid()
+
+    def _prepare(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        # What does not depend on the state. tanh(z) = 1 - 2 sigmoid(-2 z), with the -2 in W, because torch's sigmoid is
+        # several times as fast on a CPU as its tanh; of zero it is zero.
+        static_NK = self.routing.to(dtype).view_as(self.pattern) + self.pattern
+        if not self.dynamic:
+            return (static_NK,)
+        scale_NK = 1 + self.scale.to(dtype).view_as(self.pattern)
+        weight_EK = self.norm.to(dtype)[:, None] * self.weight.to(dtype)
+        if self.gate == "tanh":
+            return static_NK, scale_NK, -2 * weight_EK
+        return 2 * static_NK, scale_NK, weight_EK
 
 
 class VWNExpansion(nn.Module):
@@ -167,7 +200,8 @@ class VWNExpansion(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., N * E]."""
         copies = tile(x.unflatten(-1, (self.m, -1)), self.n).flatten(-2)
-        return copies + x.to(self.weight.dtype) @ self.weight.flatten(0, 1).T / self.divisor
+        deviation = F.linear(x.to(self.weight.dtype), self.weight.flatten(0, 1))
+        return torch.add(copies, deviation, alpha=1 / self.divisor)
 
 
 class VWNNGramEmbedding(nn.Embedding):
@@ -209,10 +243,10 @@ class VWNGroupNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., N * E], normed, in the accumulation dtype."""
         h = hidden_states.to(accumulation_dtype(hidden_states.dtype)).unflatten(-1, (-1, self.group_size))
-        if self.bias is not None:
-            h = h - h.mean(-1, keepdim=True)
-        normed = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight.to(h.dtype)
-        return normed if self.bias is None else normed + self.bias.to(h.dtype)
+        if self.bias is None:
+            return F.rms_norm(h, h.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(h.dtype)
+        normed = F.layer_norm(h, h.shape[-1:], eps=self.eps).flatten(-2)
+        return torch.addcmul(self.bias.to(h.dtype), normed, self.weight.to(h.dtype))
 
 
 class VWNReduction(nn.Module):
@@ -229,8 +263,8 @@ class VWNReduction(nn.Module):
         """[..., N * E] to [..., D] in the model's dtype."""
         h = hidden_states if self.norm is None else self.norm(hidden_states)
         mean = average_copies(h.unflatten(-1, (self.n, -1)), self.m).flatten(-2)
-        deviation = h.to(self.weight.dtype) @ self.weight.flatten(1).T / self.divisor
-        return (mean + deviation).to(self.weight.dtype)
+        deviation = F.linear(h.to(self.weight.dtype), self.weight.flatten(1))
+        return torch.add(mean, deviation, alpha=1 / self.divisor).to(self.weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ sublayers
@@ -261,20 +295,22 @@ class VWNRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [batch, sequence] to two tensors [batch, sequence, rotated] of x's dtype."""
+        """Positions [batch, sequence] to two tensors [batch, 1, sequence, rotated] of x's dtype: cosines, and sines
+        with the signs that ``apply_rotary`` wants."""
         with torch.autocast(x.device.type, enabled=False):
-            angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
-            angles = torch.cat((angles, angles), dim=-1)
+            angles = position_ids[:, None, :, None].float() * self.inv_freq.float().to(x.device)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first channels of [batch, heads, sequence, head_dim] in two halves."""
-    cos, sin = cos[:, None], sin[:, None]
-    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = rotated.chunk(2, dim=-1)
-    return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+    if cos.shape[-1] < x.shape[-1]:
+        rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        return torch.cat((apply_rotary(rotated, cos, sin), rest), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((second, first), dim=-1) * sin
 
 
 def eager_attention_forward(
@@ -506,14 +542,14 @@ class VWNLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: dict[str, Tensor] | None = None, **kwargs) -> Tensor:
         """The state [batch, sequence, N * E] to the next."""
-        x, deviations = self.connection.read(hidden_states)
+        x, kept = self.connection.read(hidden_states)
         # The stream may be fp32 around a model of lower precision.
         x = self.input_layernorm(x.to(self.input_layernorm.weight.dtype))
         if self.layer_type is None:
             y = self.mlp(x)
         else:
             y, _ = self.self_attn(x, attention_mask=(attention_mask or {}).get(self.layer_type), **kwargs)
-        return self.connection.write(hidden_states, y, deviations)
+        return self.connection.write(hidden_states, y, kept)
 
 
 def build_layers(config: VWNConfig, pattern: str, first_attention: int = 0) -> nn.ModuleList:
@@ -593,6 +629,7 @@ class VWNPreTrainedModel(PreTrainedModel):
         if isinstance(module, VWNConnection):
             for name, parameter in module.named_parameters(recurse=False):
                 (init.ones_ if name == "norm" else init.zeros_)(parameter)
+            init.copy_(module.pattern, module.initial_pattern())
         elif isinstance(module, (VWNExpansion, VWNReduction, VWNNGramEmbedding)):
             init.zeros_(module.weight)
         elif isinstance(module, VWNGroupNorm):
@@ -789,6 +826,17 @@ class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def generate(self, *args, **kwargs):
+        """As every model's; what connections make of their parameters alone is kept while it runs, and no longer."""
+        connections = [module for module in self.modules() if isinstance(module, VWNConnection)]
+        try:
+            for connection in connections:
+                connection.prepared = ()
+            return super().generate(*args, **kwargs)
+        finally:
+            for connection in connections:
+                connection.prepared = None
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict:
         """As every model's; with n-grams also the tokens that the new ones follow, always equally many."""

@@ -96,6 +96,26 @@ def test_beams_keep_their_own_ngrams():
     assert torch.equal(beams, again)
 
 
+@pytest.mark.parametrize("name", ["dense, MTP twice", "experts by sigmoid", "experts by softplus, static"])
+def test_generation_sees_every_change_of_a_weight(name):
+    """What is prepared of the parameters does not outlive a call, however it ends and however weights change."""
+    model, mask = build(name), torch.ones_like(PROMPT)
+    before = greedy(model, PROMPT, 16, attention_mask=mask)
+    for parameter in model.model.layers[0].connection.parameters():
+        parameter.data.mul_(-20)  # moves no version counter
+    fresh = VWNForCausalLM(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    after = greedy(model, PROMPT, 16, attention_mask=mask)
+    assert not torch.equal(before, after) and torch.equal(after, greedy(fresh, PROMPT, 16, attention_mask=mask))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, PROMPT, 16, attention_mask=mask, logits_processor=[interrupt])
+    assert all(layer.connection.prepared is None for layer in model.model.layers)
+
+
 @pytest.mark.parametrize("name", [*GENERATING, NGRAMS])
 def test_left_padding_changes_nothing(name):
     model = build(name)
@@ -231,6 +251,7 @@ def test_a_model_built_on_meta_gets_its_initial_values(tmp_path):
     loaded = VWNForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
     connection = loaded.model.layers[0].connection
     assert all((p == (name == "norm")).all() for name, p in connection.named_parameters())
+    assert torch.equal(connection.pattern, connection.initial_pattern())
     assert (loaded.model.reduction.norm.weight == 1).all() and (loaded.model.norm.weight == 1).all()
     assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
