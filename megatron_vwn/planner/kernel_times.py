@@ -7,13 +7,13 @@ Between the streams of the file shares are interpolated. All of it is a model's 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from megatron_vwn.atomic import write_json
-from megatron_vwn.ops.costs import Pass, Width, floor_seconds
+from megatron_vwn.ops.costs import PASSES, Pass, Width, floor_seconds
 
 PATH = Path(__file__).with_name("kernel_times.json")
 
@@ -74,6 +74,21 @@ def source() -> str:
     commit = content["commit"] or {"hash": "unknown", "dirty": None}
     state = f"{commit['hash'][:12]}{' with changes' if commit['dirty'] else ''}"
     return f"kernels of commit {state} compiled by triton {content['versions']['triton']}; {content['calibration']}"
+
+
+def taken_lines(gpu: str, width: Width) -> Iterator[str]:
+    """What was taken of the file for a stream, for a plan to print."""
+    found = {direction: speed(gpu, direction, width) for direction in PASSES}
+    reached = ", ".join(
+        f"{direction} {each.share:.0%} of the traffic floor and {1e6 * each.fixed:.0f} us a call"
+        for direction, each in found.items()
+    )
+    this = f"({width.m}, {width.n}) D = {width.hidden_size}"
+    near = found["forward"].of
+    how = "" if near == (this,) else f", interpolated, mostly from {' and '.join(near)}"
+    yield f"  Connections of {this} on an {gpu}{how}:"
+    yield f"    {reached};"
+    yield f"    a model's prediction, not measured: {source()}."
 
 
 def write(report: Mapping, path: Path = PATH) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
-from megatron_vwn.ops.costs import PASSES, Width
+from megatron_vwn.ops.costs import Width
 from megatron_vwn.planner.hardware import Rates, rate_names
-from megatron_vwn.planner.kernel_times import source, speed
+from megatron_vwn.planner.kernel_times import taken_lines
 from megatron_vwn.planner.memory import Memory
 from megatron_vwn.planner.search import Plan
 from megatron_vwn.planner.shape import Shape
@@ -100,22 +100,9 @@ def assumption_lines(hardware: str, rates: Rates, width: Width | None) -> Iterat
     for name in rate_names():
         yield f"  --{name.replace('_', '-'):<18}{getattr(rates, name):>8g}  {_ASSUMPTIONS[name]}"
     if width is not None and rates.connections is not None:
-        yield from _connection_lines(rates.connections, width)
+        yield from taken_lines(rates.connections, width)
     yield "  Layers are Transformer Engine's, with FlashAttention and the fused kernels of the virtual width. TP and EP"
     yield "  messages wait, CP hides behind attention, and groups beyond a node go at the network's rate throughout."
-
-
-def _connection_lines(gpu: str, width: Width) -> Iterator[str]:
-    found = {direction: speed(gpu, direction, width) for direction in PASSES}
-    reached = ", ".join(
-        f"{direction} {each.share:.0%} of the traffic floor and {1e6 * each.fixed:.0f} us a call"
-        for direction, each in found.items()
-    )
-    this = f"({width.m}, {width.n}) D = {width.hidden_size}"
-    near = found["forward"].of
-    how = "" if near == (this,) else f", interpolated, mostly from {' and '.join(near)}"
-    yield f"  Connections of {this} on an {gpu}{how}: {reached}."
-    yield f"    A model's prediction, not measured: {source()}."
 
 
 def as_json(plan: Plan, twin: Plan | None) -> dict:

@@ -165,6 +165,7 @@ def test_a_plan_is_printed_and_written(tmp_path):
         "DP of experts ",
     ):
         assert said in done.stdout
+    assert "Connections of (" in done.stdout and "a model's prediction, not measured: kernels of commit" in done.stdout
     assert "tokens/s, of this" in done.stdout and "share of the virtual width in the step" in done.stdout
     own = written["own"]
     assert own["step_seconds"] == pytest.approx(sum(own["step_parts"].values()))

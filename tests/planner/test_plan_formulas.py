@@ -24,7 +24,6 @@ from megatron_vwn.planner.costs import (
 )
 from megatron_vwn.planner.hardware import HARDWARE, Rates
 from megatron_vwn.planner.memory import in_flight, kept_bytes, once_bytes, rank_memory
-from megatron_vwn.planner.print import assumption_lines
 from megatron_vwn.planner.shape import Parameters, Shape
 
 # fmt: off
@@ -279,11 +278,11 @@ def test_connections_take_what_is_predicted(predicted):
 
 
 def test_what_was_taken_of_predictions_is_printed(predicted):
-    lines = "\n".join(assumption_lines("b200", HARDWARE["b200"], Width(2, 8, 8)))
+    lines = "\n".join(kernel_times.taken_lines("h200", Width(2, 8, 8)))
     assert "Connections of (2, 8) D = 8 on an h200, interpolated, mostly from (2, " in lines
     assert "forward 62% of the traffic floor and 3 us a call, backward 31%" in lines
     assert "not measured: kernels of commit 0123456789ab with changes compiled by triton 3.6.0; by hand" in lines
-    assert "Connections" not in "\n".join(assumption_lines("b200", HARDWARE["b200"], None))
+    assert "interpolated" not in "\n".join(kernel_times.taken_lines("h200", Width(2, 4, 8)))
 
 
 def test_the_committed_predictions_serve_every_kind_of_gpu():
