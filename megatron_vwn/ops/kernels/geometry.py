@@ -60,6 +60,10 @@ TABLE: dict[tuple[str, int, str], Tile] = {
         for kernel in ("forward", "gates", "stream")
         for n in (16, 32)
     },
+    **{
+        (f"wide_{kernel}", 64, "interpreter"): Tile(channels=128, second_channels=128)
+        for kernel in ("forward", "gates", "stream")
+    },
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
     ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
