@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vwn.ops import reference
 from megatron_vwn.ops.kernels import autograd as kernels
+from megatron_vwn.ops.kernels import sums, weight
 from megatron_vwn.ops.kernels.group_norm import group_norm
 from megatron_vwn.ops.parameters import Gates
 
@@ -92,6 +93,12 @@ def check_unused_outputs(m: int, n: int, device: str = "cpu") -> dict[str, float
         assert all(g is None or not g.any() for name, g in found.items() if name not in compared), used
         errors |= {f"{' and '.join(used)}: {name}": error for name, error in _errors(compared).items()}
     return errors
+
+
+def check_few_programs(device: str = "cpu") -> dict[str, float]:
+    """Parity where the programs that sum over tokens take several chunks each, as they do with thousands of tokens."""
+    with patch.object(sums, "_PROGRAMS", 2), patch.object(weight, "_PROGRAMS", 2):
+        return check_parity(Case(3, 12, torch.float32, 33, 32, "sigmoid, full"), device)
 
 
 def check_group_norm(dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:

@@ -16,6 +16,7 @@ NAMES = [
     *(f"unused outputs ({m},{n})" for m, n in FAMILIES),
     *(f"group norm {dtype}" for dtype in TOLERANCE),
     *(f"traffic ({m},{n})" for m, n in TRAFFIC_PAIRS),
+    "few programs",
     "odd inputs",
     "repeats",
     "saved",
