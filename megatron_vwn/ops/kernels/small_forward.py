@@ -36,6 +36,8 @@ from megatron_vwn.ops.kernels.vectors import (
 
 # The largest n of the family.
 MAX_SEGMENTS = 8
+# Registers for coefficients, sums and chunks of the columns of W, beside the rows of a chunk.
+_NUMBERS = 190
 
 
 @triton.jit
@@ -180,15 +182,16 @@ def forward(
     x = None if q is None else h_TNE.new_empty(t, m, e)
     z_next = h_TNE.new_empty(t, n, q.columns) if dynamic_next else None
     inverse_rms = h_TNE.new_empty(t, n, dtype=torch.float32) if dynamic_next else None
-    numbers = (p.columns - m if p else 0) + (q.columns + 1 if dynamic_next else 0)
+    columns = q.columns if dynamic_next else 0
+    numbers = (p.columns - m if p else 0) + (columns + 1 if dynamic_next else 0)
     geometry = tile("small_forward", n, h_TNE.device)
     launch(
         small_forward, t, geometry,
         h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK, q and q.weight_KE, q and q.routing_NK,
         q and q.scale_NK, out, x, z_next, inverse_rms, q.eps if q else 0.0,
         M=m, N=n, C=p.num_carry if p else 0, C_NEXT=q.num_carry if q else 0, E=e,
-        LANES=WARP * geometry.warps, V=vector_width(geometry, h_TNE), GROUP=group_size(n, numbers),
-        WRITE=p is not None, READ=q is not None,
+        LANES=WARP * geometry.warps, V=vector_width(geometry, h_TNE),
+        GROUP=group_size(n, numbers, _NUMBERS - 3 * columns), WRITE=p is not None, READ=q is not None,
         DYNAMIC=p is not None and p.dynamic, SIGMOID=p is not None and p.sigmoid,
         DYNAMIC_NEXT=dynamic_next, SIGMOID_NEXT=q is not None and q.sigmoid,
     )  # fmt: skip

@@ -14,8 +14,6 @@ from megatron_vwn.ops.kernels.device import deviation
 from megatron_vwn.ops.kernels.geometry import Tile
 
 WARP = 32
-# Coefficients and sums of a token that a thread keeps in registers through a walk, beside the rows of a chunk.
-NUMBERS = 96
 
 
 def vector_width(tile: Tile, stream: Tensor) -> int:
@@ -23,9 +21,10 @@ def vector_width(tile: Tile, stream: Tensor) -> int:
     return min(max(1, tile.channels // (WARP * tile.warps)), 16 // stream.itemsize)
 
 
-def group_size(n: int, numbers: int) -> int:
-    """Segments to do in one walk, where each needs so many numbers: nearly as many in every walk."""
-    walks = -(-n // max(1, NUMBERS // max(1, numbers)))
+def group_size(n: int, numbers: int, most: int) -> int:
+    """Segments to do in one walk, where a thread keeps so many numbers of each, and in all not more than ``most``:
+    nearly as many in every walk."""
+    walks = -(-n // max(1, most // max(1, numbers)))
     return -(-n // walks)
 
 
@@ -95,10 +94,10 @@ def combine(rows, factors, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
-def load_scalars(pointer, COUNT: tl.constexpr):
+def load_scalars(pointer, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Numbers that follow each other, each of which every thread gets, in fp32."""
     scalars = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(FIRST, LAST):
         scalars = scalars + (tl.load(pointer + i).to(tl.float32),)
     return scalars
 
