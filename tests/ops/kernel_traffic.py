@@ -9,9 +9,8 @@ import torch
 from ops.connections import connection, state_and_output
 from triton.runtime.interpreter import InterpreterBuilder
 
-from megatron_vwn.ops import InputNorm
 from megatron_vwn.ops.kernels import autograd as kernels
-from megatron_vwn.ops.kernels.geometry import MAX_NORMED_SEGMENTS
+from megatron_vwn.ops.parameters import Gates
 
 _SEGMENT = 64
 
@@ -53,38 +52,38 @@ def counted():
 
 
 def check_traffic(m: int, n: int) -> None:
-    """Every operation touches what it must and asks for at most twice as much.
+    """Every operation touches what it must, asks for at most twice as much, and H' of the backward pass beside.
 
     The floors, in elements per token with r D = n E: read forward (r+1)D, backward (2r+1)D (the incoming dH of the
     paper's (3r+1)D is no argument of ours: a state has one reader); write (2r+1)D and (3r+2)D; write_read (2r+2)D and
-    (3r+3)D. The norm of X adds nothing: it is stored over X, which only asks for X twice more.
+    (3r+3)D. The backward pass of a reader loads H' for the gates and for the gradient of W.
     """
-    # With n = 32, 5 tiles, of which a program takes several; with the largest, only as many as make several programs.
     tokens = 5 if n <= 32 else 2
     p = connection(m, n, _SEGMENT, dtype=torch.float32)
     h, y = state_and_output(tokens, p, _SEGMENT, dtype=torch.float32)
-    wide, narrow = n * _SEGMENT, m * _SEGMENT
+    # Of another state, so that the gradient of this one is what one operation makes of it.
+    _, gates = kernels.read(h.detach(), p)
+    gates = Gates(*(tensor.detach() for tensor in gates))
+    wide, narrow = tokens * n * _SEGMENT, tokens * m * _SEGMENT
     operations = {
-        "read": (lambda: (kernels.read(h, p),), wide + narrow, 2 * wide + narrow),
-        "write": (lambda: (kernels.write(h, y, p),), 2 * wide + narrow, 3 * wide + 2 * narrow),
-        "write_read": (lambda: kernels.write_read(h, y, p, p), 2 * wide + 2 * narrow, 3 * wide + 3 * narrow),
-    }
-    norm = InputNorm(torch.ones(narrow), 1e-5)
-    operations["normed read"] = (lambda: (kernels.read(h, p, norm),), *operations["read"][1:])
-    if n <= MAX_NORMED_SEGMENTS:
-        operations["normed write_read"] = (lambda: kernels.write_read(h, y, p, p, norm), *operations["write_read"][1:])
-    for name, (operation, forward_floor, backward_floor) in operations.items():
+        "read": (lambda: kernels.read(h, p), [h], wide + narrow, 2 * wide + narrow),
+        "write": (lambda: (kernels.write(h, y, gates, p),), [h, y], 2 * wide + narrow, 3 * wide + 2 * narrow),
+        "write_read": (
+            lambda: kernels.write_read(h, y, gates, p, p), [h, y], 2 * wide + 2 * narrow, 3 * wide + 3 * narrow,
+        ),
+    }  # fmt: skip
+    for name, (operation, inputs, floor, backward_floor) in operations.items():
         with counted() as traffic:
-            outputs = operation()
-        floor, backward_floor = tokens * forward_floor, tokens * backward_floor
-        inputs = [h] if name in ("read", "normed read") else [h, y]
-        # X of a read by itself: stored, loaded and stored again, where 2r + 2 leaves room for H twice and X twice.
-        _compare(f"{name} forward", traffic.of(*inputs, *outputs), floor, tokens * narrow * (name == "normed read"))
-        gradients = [torch.randn_like(output) for output in outputs]
+            outputs = [output for output in operation() if isinstance(output, torch.Tensor)]
+        _compare(f"{name} forward", traffic.of(*inputs, *outputs), floor)
+        given = [torch.randn_like(output) for output in outputs]
         with counted() as traffic:
-            found = torch.autograd.grad(outputs, inputs, gradients)
-        # A write alone needs no H' for its gradients, and no operation its own outputs.
-        _compare(f"{name} backward", traffic.of(*inputs, *gradients, *found), backward_floor)
+            found = torch.autograd.grad(outputs, inputs, given)
+        read_twice = 2 * wide if name == "read" else 0
+        _compare(f"{name} backward", traffic.of(*inputs, *given, *found), backward_floor, read_twice)
+        if name == "write_read":
+            _, requested = traffic.of(outputs[0])
+            assert requested <= 2 * wide, f"{name} backward asks for {requested} elements of H', allowed are {2 * wide}"
 
 
 def _compare(name: str, counts: tuple[int, int], floor: int, beyond: int = 0) -> None:

@@ -34,15 +34,17 @@ def deviation(z, routing_ptr, scale_ptr, place, exists, ones, DYNAMIC: tl.conste
     z: logits in fp32, any if not DYNAMIC; place: of the parameters, in [N, K]; exists, ones: where there is a
     coefficient and where its pattern is one. Where there is none, this is S tanh(z): zero for a logit of zero.
     """
-    routing = load_routing(routing_ptr, place, exists)
+    # Routing comes last: loaded before, it would take registers while the gates are formed.
     if DYNAMIC:
         scale = load_scale(scale_ptr, place, exists)
         if SIGMOID:
             gate = tanh(0.5 * scale * z)
-            routing = tl.where(ones, gate, 0.0) + routing * (1.0 + gate)
+            return tl.where(ones, gate, 0.0) + load_routing(routing_ptr, place, exists) * (1.0 + gate)
         else:
-            routing = routing + scale * tanh(z)
-    return routing
+            gate = scale * tanh(z)
+            return load_routing(routing_ptr, place, exists) + gate
+    else:
+        return load_routing(routing_ptr, place, exists)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import torch
 import triton
 from triton.runtime import driver
 
-# The largest n that a kernel family takes.
-MAX_SEGMENTS = 64
+# The largest n of each family of kernels, and of all.
+MAX_SMALL, MAX_BATCHED, MAX_SEGMENTS = 8, 32, 64
 _MIN_DOT = 16
 
 
@@ -40,11 +40,12 @@ class Tile(NamedTuple):
     maxnreg: int | None = None
 
     def fit(self, segment_size: int, dtype: torch.dtype) -> "Tile":
-        """For segments of so many channels, a power of two of them a chunk; half as many where each takes 4 bytes."""
+        """For segments of so many channels, a power of two of them a chunk; half as many where each takes 4 bytes, and
+        then as many registers as there are: products of fp32 need them."""
         half = 2 if dtype.itemsize == 4 else 1
         most = max(_MIN_DOT, triton.next_power_of_2(segment_size))
         channels, second = (max(_MIN_DOT, min(c // half, most)) for c in (self.channels, self.second_channels))
-        return self._replace(channels=channels, second_channels=second)
+        return self._replace(channels=channels, second_channels=second, maxnreg=self.maxnreg if half == 1 else None)
 
 
 # {(kernel, n rounded up to a power of two, architecture or "any"): tile}; a kernel without an entry has Tile().
@@ -62,9 +63,12 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
     ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
-    ("batched_gates", 32, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 32, "any"): Tile(tokens=4, channels=32, warps=4),
     ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
+    ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
+    ("wide_gates", 64, "any"): Tile(channels=64),
+    ("wide_stream", 64, "any"): Tile(stages=2, maxnreg=168),
     **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
     ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
     ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),

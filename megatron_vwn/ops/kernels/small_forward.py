@@ -34,8 +34,6 @@ from megatron_vwn.ops.kernels.vectors import (
     zeros,
 )
 
-# The largest n of the family.
-MAX_SEGMENTS = 8
 # Registers for coefficients, sums and chunks of the columns of W, beside the rows of a chunk.
 _NUMBERS = 190
 
