@@ -5,15 +5,22 @@ gradient of its COEFFICIENTS into the slot of the logits' gradient, and the make
 on to the logits, the routing, the scale and W. A static connection has no gates, and each operation its own part.
 """
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_vwn.ops.kernels import batched_backward, batched_forward, small_backward, small_forward
+from megatron_vwn.ops.kernels import (
+    batched_backward,
+    batched_forward,
+    small_backward,
+    small_forward,
+    wide_backward,
+    wide_forward,
+)
+from megatron_vwn.ops.kernels.geometry import MAX_BATCHED, MAX_SMALL
 from megatron_vwn.ops.kernels.sums import routing_gradients
 from megatron_vwn.ops.kernels.tables import Prepared, prepare
 from megatron_vwn.ops.kernels.weight import weight_gradients
@@ -147,18 +154,22 @@ class _WriteRead(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _family(n: int) -> ModuleType:
-    return _Small if n <= small_forward.MAX_SEGMENTS else _Batched
+class _Family(NamedTuple):
+    """The kernels for some numbers of segments; all families have the same two functions."""
+
+    forward: Callable
+    backward: Callable
 
 
-class _Small(NamedTuple):
-    forward = staticmethod(small_forward.forward)
-    backward = staticmethod(small_backward.backward)
+_SMALL = _Family(small_forward.forward, small_backward.backward)
+_BATCHED = _Family(batched_forward.forward, batched_backward.backward)
+_WIDE = _Family(wide_forward.forward, wide_backward.backward)
 
 
-class _Batched(NamedTuple):
-    forward = staticmethod(batched_forward.forward)
-    backward = staticmethod(batched_backward.backward)
+def _family(n: int) -> _Family:
+    if n <= MAX_SMALL:
+        return _SMALL
+    return _BATCHED if n <= MAX_BATCHED else _WIDE
 
 
 def _keep(ctx, z_TNK: Tensor | None, inverse_rms_TN: Tensor | None) -> None:

@@ -13,8 +13,8 @@ import torch
 import triton
 from triton.runtime import driver
 
-# The largest n that a kernel family takes.
-MAX_SEGMENTS = 64
+# The largest n of each family of kernels, and of all.
+MAX_SMALL, MAX_BATCHED, MAX_SEGMENTS = 8, 32, 64
 _MIN_DOT = 16
 
 

@@ -32,9 +32,6 @@ from megatron_vwn.ops.kernels.vectors import (
     zeros,
 )
 
-# The largest n of the family.
-MAX_SEGMENTS = 8
-
 
 @triton.jit
 def small_forward(
