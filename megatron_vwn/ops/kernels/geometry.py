@@ -72,7 +72,9 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
     ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
     ("wide_gates", 64, "any"): Tile(channels=64),
+    # Three programs fit on a multiprocessor; products without wgmma need more registers.
     ("wide_stream", 64, "any"): Tile(stages=2, maxnreg=168),
+    ("wide_stream", 64, "sm_80"): Tile(stages=3),
     **{("weight", n, "any"): Tile(tokens=64, channels=128, warps=4, stages=4) for n in (1, 2, 4, 8, 16)},
     ("weight", 32, "any"): Tile(tokens=128, channels=128, warps=4, stages=3),
     ("weight", 64, "any"): Tile(tokens=64, channels=128, warps=4, stages=3),
