@@ -126,19 +126,19 @@ def check_group_norm(dtype: torch.dtype, device: str = "cpu") -> dict[str, float
 
 def check_odd_inputs(device: str = "cpu") -> None:
     """No tokens, inputs and gradients that are not contiguous, and a sublayer of another dtype than the stream."""
-    p = _moved(connection(2, 6, 32, dtype=torch.float32), device)
-    h, y = (t.detach().to(device) for t in state_and_output(5, p, 32, dtype=torch.float32))
+    p = _moved(connection(2, 3, 32, dtype=torch.float32), device)
+    h, y = (t.detach().to(device) for t in state_and_output(4, p, 32, dtype=torch.float32))
     empty_h, empty_y = h[:0].clone().requires_grad_(), y[:0].clone().requires_grad_()
     x, gates = kernels.read(empty_h, p)
     out, next_x, gates = kernels.write_read(empty_h, empty_y, gates, p, p)
     last = kernels.write(out, empty_y, gates, p)
-    assert x.shape == next_x.shape == (0, 64) and out.shape == last.shape == (0, 6, 32)
+    assert x.shape == next_x.shape == (0, 64) and out.shape == last.shape == (0, 3, 32)
     found = torch.autograd.grad(x.sum() + next_x.sum() + last.sum(), [empty_h, empty_y, *leaves(p).values()])
     assert not any(gradient.any() for gradient in found)
 
     strided = h.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     assert not strided.is_contiguous()
-    weights = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(3)).to(device).transpose(0, 1)
+    weights = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)).to(device).transpose(0, 1)
     results = []
     for state in (strided, h.clone().requires_grad_()):
         x, gates = kernels.read(state, p)
@@ -217,7 +217,7 @@ def check_small_operations() -> None:
     for m, n in ((1, 4), (4, 16), (8, 64)):
         for switches in ("tanh, full", "static, full"):
             p, q = (connection(m, n, 32, **SWITCHES[switches], dtype=torch.bfloat16) for _ in range(2))
-            h, y = state_and_output(2, p, 32, dtype=torch.bfloat16)
+            h, y = state_and_output(1, p, 32, dtype=torch.bfloat16)
             _, gates = kernels.read(h.detach(), p)
             if gates is not None:
                 gates = Gates(gates.logits_TNK.detach().requires_grad_(), gates.inverse_rms_TN)
