@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_vwn.cpu.stand_in import constructed_by
 
-
 _ASK_FOR_DEVICES = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to})
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of virtual width on plain tensors; imports torch and Triton and nothing of Megatron.
 
-``read`` computes the gates of a connection once and hands them to its ``write``. The module ``parameters`` has the legend
-of shape suffixes and what a connection is made of, ``reference`` the paper's equations, ``eager`` the torch
+``read`` computes the gates of a connection once and hands them to its ``write``. The module ``parameters`` has the
+legend of shape suffixes and what a connection is made of, ``reference`` the paper's equations, ``eager`` the torch
 implementation, ``kernels`` the fused one, and ``dispatch`` chooses between the two for the names below. ``connection``
 makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``.
 """

@@ -66,7 +66,7 @@ def logits(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Tensor]:
         squares_R, z_RK = sums[:, 0], sums[:, 1:]
     whole = segment * p.ranks
     inverse_R = torch.rsqrt(squares_R / whole + p.eps)
-    z_RK = z_RK * (inverse_R / math.sqrt(whole))[:, None]
+    z_RK = z_RK.mul_((inverse_R / math.sqrt(whole))[:, None])
     return z_RK.unflatten(0, (tokens, n)), inverse_R.view(tokens, n)
 
 
@@ -186,8 +186,9 @@ def _read_backward(
     dc_TNK = _before_sinkhorn(dc_TNK, raw_TNK, q)
     scale_NK = 1 + q.scale_NK.to(dtype)
     if q.gate == "tanh":
-        drouting_NK, dscale_NK = dc_TNK.sum(0), (dc_TNK * gate_TNK).sum(0)
-        dlogits_TNK = torch.addcmul(dc_TNK, dc_TNK * gate_TNK, gate_TNK, value=-1).mul_(scale_NK)
+        gated_TNK = dc_TNK * gate_TNK
+        drouting_NK, dscale_NK = dc_TNK.sum(0), gated_TNK.sum(0)
+        dlogits_TNK = torch.addcmul(dc_TNK, gated_TNK, gate_TNK, value=-1).mul_(scale_NK)
     else:
         drouting_NK = torch.addcmul(dc_TNK, dc_TNK, gate_TNK).sum(0)
         half_TNK = dc_TNK * (0.5 * _static(q, dtype)) * (1 - gate_TNK.square())
@@ -218,10 +219,10 @@ def _static(p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
 
 
 def _gate(z_TNK: Tensor, p: ConnectionParameters, columns: slice = slice(None)) -> Tensor:
-    # tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns. By the sigmoid, which is four times as fast on a
-    # CPU as torch's tanh: its absolute error of 1e-7 is that of rounding the coefficient, and none where z = 0.
-    scale = 2 if p.gate == "tanh" else 1 + p.scale_NK[:, columns].to(z_TNK.dtype)
-    return (z_TNK[..., columns] * scale).sigmoid_().mul_(2).sub_(1)
+    # tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns, as 1 - 2 sigmoid(-2z): torch's sigmoid is four
+    # times as fast on a CPU as its tanh. The absolute error of 1e-7 is that of rounding a coefficient; at z = 0 is none.
+    scale = -2 if p.gate == "tanh" else -1 - p.scale_NK[:, columns].to(z_TNK.dtype)
+    return torch.rsub((z_TNK[..., columns] * scale).sigmoid_(), 1, alpha=2)
 
 
 def _raw(p: ConnectionParameters, gate_TNK: Tensor | None, dtype: torch.dtype, columns: slice = slice(None)) -> Tensor:

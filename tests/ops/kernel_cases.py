@@ -35,7 +35,7 @@ _OF_EVERY_PAIR = [
 ]
 _OF_PADDED = [(torch.float32, 0, 96, "tanh, full"), (torch.bfloat16, 1, 32, "sigmoid, identity")]
 _LARGER = {
-    (torch.float32, 129, 32, "tanh, full"): [(1, 1), (4, 16)],
+    (torch.float32, 129, 32, "tanh, full"): [(4, 16)],
     (torch.float32, 1, 1024, "tanh, full"): [(1, 4), (8, 64)],
     (torch.bfloat16, 1, 1024, "tanh, full"): [(2, 3), (4, 32)],
     (torch.float32, 7, 96, "tanh, full"): [(2, 3), (4, 16)],

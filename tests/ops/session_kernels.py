@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from ops.kernel_cases import CASES, FAMILIES, TOLERANCE, TRAFFIC_PAIRS
 from ops.kernel_checks import (
+    check_few_programs,
     check_group_norm,
     check_odd_inputs,
     check_parity,
@@ -41,6 +42,7 @@ CHECKS = {
         for dtype in TOLERANCE
     },
     **{f"traffic ({m},{n})": lambda m=m, n=n: check_traffic(m, n) for m, n in TRAFFIC_PAIRS},
+    "few programs": lambda: within(check_few_programs(), TOLERANCE[torch.float32]),
     "odd inputs": check_odd_inputs,
     "repeats": check_repeats,
     "saved": check_saved,

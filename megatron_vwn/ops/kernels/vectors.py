@@ -21,6 +21,13 @@ def vector_width(tile: Tile, stream: Tensor) -> int:
     return min(max(1, tile.channels // (WARP * tile.warps)), 16 // stream.itemsize)
 
 
+def group_size(n: int, numbers: int, most: int) -> int:
+    """Segments to do in one walk, where a thread keeps so many numbers of each, and in all not more than ``most``:
+    nearly as many in every walk."""
+    walks = -(-n // max(1, most // max(1, numbers)))
+    return -(-n // walks)
+
+
 @triton.jit
 def zeros(COUNT: tl.constexpr, LANES: tl.constexpr):
     """So many sums, each thread's part of them."""
@@ -87,10 +94,10 @@ def combine(rows, factors, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
-def load_scalars(pointer, COUNT: tl.constexpr):
+def load_scalars(pointer, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Numbers that follow each other, each of which every thread gets, in fp32."""
     scalars = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(FIRST, LAST):
         scalars = scalars + (tl.load(pointer + i).to(tl.float32),)
     return scalars
 
@@ -120,16 +127,42 @@ def coefficient(
 
 
 @triton.jit
-def coefficients(
-    z_ptr, routing_ptr, scale_ptr, FIRST: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def stored_coefficient(
+    z_ptr, routing_ptr, scale_ptr, ROW: tl.constexpr, COLUMN: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    DYNAMIC: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """The same, its logit among those of the token at ``z_ptr``."""
+    z = 0.0
+    if DYNAMIC:
+        z = tl.load(z_ptr + ROW * (C + 2 * M) + COLUMN).to(tl.float32)
+    return coefficient(z, routing_ptr, scale_ptr, ROW, COLUMN, M, C, DYNAMIC, SIGMOID)
+
+
+@triton.jit
+def write_coefficients(
+    z_ptr, routing_ptr, scale_ptr, FIRST: tl.constexpr, LAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     C: tl.constexpr, DYNAMIC: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """COUNT columns of a token's [N, K], row after row, as scalars; ``z_ptr`` points to its logits."""
+    """What the segments [FIRST, LAST) of H' are made of: for each the C factors of H and the M of Y, one after the
+    other."""
     result = ()
-    for row in tl.static_range(N):
-        for column in tl.static_range(FIRST, FIRST + COUNT):
-            z = 0.0
-            if DYNAMIC:
-                z = tl.load(z_ptr + row * (C + 2 * M) + column).to(tl.float32)
-            result = result + (coefficient(z, routing_ptr, scale_ptr, row, column, M, C, DYNAMIC, SIGMOID),)
+    for j in tl.static_range(FIRST, LAST):
+        for i in tl.static_range(C):
+            result = result + (stored_coefficient(z_ptr, routing_ptr, scale_ptr, i, j, M, C, DYNAMIC, SIGMOID),)
+        for i in tl.static_range(M):
+            result = result + (stored_coefficient(z_ptr, routing_ptr, scale_ptr, j, C + i, M, C, DYNAMIC, SIGMOID),)
+    return result
+
+
+@triton.jit
+def read_coefficients(
+    z_ptr, routing_ptr, scale_ptr, FIRST: tl.constexpr, LAST: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    DYNAMIC: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """What the segments [FIRST, LAST) give to X: for each the M factors, one after the other."""
+    result = ()
+    for j in tl.static_range(FIRST, LAST):
+        for i in tl.static_range(M):
+            c = stored_coefficient(z_ptr, routing_ptr, scale_ptr, j, C + M + i, M, C, DYNAMIC, SIGMOID)
+            result = result + (c,)
     return result

@@ -100,7 +100,8 @@ def weight_total(
     term = tl.arange(0, TERMS)
     sums_ptr += k[:, None] * E + e[None, :]
     total = tl.zeros((PADDED_K, B), tl.float32)
-    for start in tl.range(0, splits, TERMS):
+    # Few programs read much: only with loads ahead are enough bytes on their way.
+    for start in tl.range(0, splits, TERMS, num_stages=4):
         split = (start + term)[:, None, None]
         terms = tl.load(sums_ptr[None, :, :] + split * (K * E), mask=exists[None, :, :] & (split < splits), other=0.0)
         total += tl.sum(terms, axis=0)
