@@ -201,14 +201,16 @@ class Block:
         # Under the width partition X took communication.
         if (step.x_by_read or index > 0) and not splits_width and _alone(step.x, step.y):
             step.emptied = _Emptied(step.x)
-            waiting = [self]  # for one backward pass: the graph, and with it this hook, may live on with the loss
-
-            def fill(_gradients) -> None:
-                if waiting:
-                    waiting.pop()._fill(index)
-
-            node.register_prehook(fill)
         step.x = None
+        # What holds the block until a later operation has a handle of it; for one backward pass, because the graph, and
+        # with it this hook, may live on with the loss.
+        waiting = [self]
+
+        def fill(_gradients) -> None:
+            if waiting:
+                waiting.pop()._fill(index)
+
+        node.register_prehook(fill)
 
     def _open(self, handle: _Handle) -> Tensor:
         tensor = self._point(handle.index).named()[handle.name]

@@ -219,8 +219,8 @@ def _static(p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
 
 
 def _gate(z_TNK: Tensor, p: ConnectionParameters, columns: slice = slice(None)) -> Tensor:
-    # tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns, as 1 - 2 sigmoid(-2z): torch's sigmoid is four
-    # times as fast on a CPU as its tanh. The absolute error of 1e-7 is that of rounding a coefficient; at z = 0 is none.
+    # tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns, as 1 - 2 sigmoid(-2z): on a CPU torch's sigmoid
+    # is four times as fast as its tanh. The absolute error of 1e-7 is that of rounding a coefficient, and 0 at z = 0.
     scale = -2 if p.gate == "tanh" else -1 - p.scale_NK[:, columns].to(z_TNK.dtype)
     return torch.rsub((z_TNK[..., columns] * scale).sigmoid_(), 1, alpha=2)
 

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
+import triton
 
 from megatron_vwn.benchmark import tune
 from megatron_vwn.config import VirtualWidthError
@@ -73,7 +74,13 @@ def test_neighbours_are_possible_tiles():
 
 
 def row(kernel="batched_forward", n=32, **tile):
-    return {"kernel": kernel, "n": n, "architecture": "interpreter", "tile": Tile(**tile)._asdict()}
+    return {
+        "kernel": kernel,
+        "n": n,
+        "architecture": "interpreter",
+        "triton": triton.__version__,
+        "tile": Tile(**tile)._asdict(),
+    }
 
 
 def test_what_was_found_is_what_kernels_get(monkeypatch):

@@ -13,6 +13,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+from megatron_vwn.config import VirtualWidthError
+
 # The largest n of each family of kernels, and of all.
 MAX_SMALL, MAX_BATCHED, MAX_SEGMENTS = 8, 32, 64
 _MIN_DOT = 16
@@ -71,9 +73,9 @@ TABLE: dict[tuple[str, int, str], Tile] = {
     },
     ("batched_forward", 16, "any"): Tile(tokens=4, warps=4),
     ("batched_forward", 32, "any"): Tile(tokens=4, warps=4),
-    ("batched_gates", 16, "any"): Tile(tokens=4, channels=64, warps=4),
+    ("batched_gates", 16, "any"): Tile(tokens=4, channels=128, warps=4),
     ("batched_gates", 32, "any"): Tile(tokens=4, channels=32, warps=4),
-    ("batched_stream", 16, "any"): Tile(tokens=4, warps=4),
+    ("batched_stream", 16, "any"): Tile(tokens=8, warps=8),
     ("batched_stream", 32, "any"): Tile(tokens=4, warps=4),
     ("wide_forward", 64, "any"): Tile(second_channels=64, maxnreg=128),
     ("wide_gates", 64, "any"): Tile(channels=64),
@@ -92,8 +94,19 @@ def tile(kernel: str, n: int, device: torch.device) -> Tile:
 
 
 def tuned_file() -> Path:
-    """Where ``vwn-benchmark tune`` puts what it found: a list of objects with kernel, n, architecture and tile."""
+    """Where ``vwn-benchmark tune`` puts what it found: a list of objects with kernel, n, architecture, triton
+    and tile."""
     return Path(os.environ.get("VWN_TILES") or Path.home() / ".cache" / "megatron_vwn" / "tiles.json")
+
+
+def tuned() -> dict[tuple[str, int, str], Tile]:
+    """What was measured on this machine with the installed Triton: {(kernel, n, architecture): tile}; another version
+    compiles otherwise. ``Tile.fit`` makes a tile that was measured in bf16 one for fp32.
+
+    Raises:
+        VirtualWidthError: the file is not what ``vwn-benchmark tune`` writes.
+    """
+    return _tuned()
 
 
 def forget_tuned() -> None:
@@ -112,11 +125,16 @@ def _tile(kernel: str, n: int, architecture: str) -> Tile:
 
 @cache
 def _tuned() -> dict[tuple[str, int, str], Tile]:
+    path = tuned_file()
     try:
-        rows = json.loads(tuned_file().read_text())
+        rows = [row for row in json.loads(path.read_text()) if row["triton"] == triton.__version__]
+        return {(row["kernel"], row["n"], row["architecture"]): Tile(**row["tile"]) for row in rows}
     except FileNotFoundError:
         return {}
-    return {(row["kernel"], row["n"], row["architecture"]): Tile(**row["tile"]) for row in rows}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise VirtualWidthError(
+            f"{path} does not hold tiles of kernels ({type(error).__name__}): remove it, or run vwn-benchmark tune."
+        ) from error
 
 
 def _architecture(device: torch.device) -> str:

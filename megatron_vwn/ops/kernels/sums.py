@@ -16,7 +16,7 @@ from megatron_vwn.ops.kernels.launch import launch
 from megatron_vwn.ops.kernels.tables import Prepared
 
 # The same on every GPU, so that all add alike; at most so many elements of a tile.
-_PROGRAMS, _ELEMENTS, _COLUMNS = 264, 4096, 256
+_PROGRAMS, _ELEMENTS, _COLUMNS = 1056, 2048, 128
 _TOTAL_COLUMNS, _TERMS = 32, 32
 
 

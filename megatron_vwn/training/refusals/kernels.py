@@ -31,8 +31,15 @@ def describe_kernels(args: argparse.Namespace, virtual_width: VirtualWidthConfig
         return "torch operations"
     reason = _why_not(args, virtual_width, gpu=gpu)
     if reason is None:
-        return "fused Triton kernels" if gpu else "fused Triton kernels in Triton's interpreter"
+        return f"fused Triton kernels{_tiles()}" if gpu else "fused Triton kernels in Triton's interpreter"
     return f"torch operations instead of Triton kernels ({reason})"
+
+
+def _tiles() -> str:
+    # Imports Triton, which a run without kernels does without.
+    from megatron_vwn.ops.kernels.geometry import tuned, tuned_file
+
+    return f" with {len(tuned())} tiles measured on this machine ({tuned_file()})" if tuned() else ""
 
 
 def _why_not(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> str | None:
