@@ -27,7 +27,8 @@ class CudaIsCpu(TorchFunctionMode):
     """While active, every tensor asked for on a CUDA device is made, or stays, on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not kwargs and func not in _ASK_FOR_DEVICES:  # almost always, and thousands of times in a step
+        # Almost always, and thousands of times in a step.
+        if not kwargs and (func not in _ASK_FOR_DEVICES or (len(args) == 2 and isinstance(args[1], torch.dtype))):
             return func(*args)
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):

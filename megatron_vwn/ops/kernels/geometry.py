@@ -13,8 +13,6 @@ import torch
 import triton
 from triton.runtime import driver
 
-from megatron_vwn.config import VirtualWidthError
-
 # The largest n of each family of kernels, and of all.
 MAX_SMALL, MAX_BATCHED, MAX_SEGMENTS = 8, 32, 64
 _MIN_DOT = 16
@@ -104,7 +102,7 @@ def tuned() -> dict[tuple[str, int, str], Tile]:
     compiles otherwise. ``Tile.fit`` makes a tile that was measured in bf16 one for fp32.
 
     Raises:
-        VirtualWidthError: the file is not what ``vwn-benchmark tune`` writes.
+        ValueError: the file is not what ``vwn-benchmark tune`` writes.
     """
     return _tuned()
 
@@ -132,7 +130,7 @@ def _tuned() -> dict[tuple[str, int, str], Tile]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise VirtualWidthError(
+        raise ValueError(
             f"{path} does not hold tiles of kernels ({type(error).__name__}): remove it, or run vwn-benchmark tune."
         ) from error
 

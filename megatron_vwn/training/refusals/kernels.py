@@ -39,7 +39,11 @@ def _tiles() -> str:
     # Imports Triton, which a run without kernels does without.
     from megatron_vwn.ops.kernels.geometry import tuned, tuned_file
 
-    return f" with {len(tuned())} tiles measured on this machine ({tuned_file()})" if tuned() else ""
+    try:
+        number = len(tuned())
+    except ValueError as error:
+        raise VirtualWidthError(str(error)) from error
+    return f" with {number} tiles measured on this machine ({tuned_file()})" if number else ""
 
 
 def _why_not(args: argparse.Namespace, virtual_width: VirtualWidthConfig, *, gpu: bool) -> str | None:
