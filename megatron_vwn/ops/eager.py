@@ -324,10 +324,11 @@ def group_norm(
     RMS norm, or layer norm where a bias is given. ``total`` sums a tensor over the ranks that share the channels of a
     segment, with gradients summed likewise, because every rank's channels depend on the sum.
     """
-    h_TGME = h_TNE.to(accumulation_dtype(h_TNE.dtype)).unflatten(1, (-1, m))
+    h_TGD = h_TNE.to(accumulation_dtype(h_TNE.dtype)).unflatten(1, (-1, m)).flatten(2)
     channels = m * segment_size
     if bias_NE is not None:
-        h_TGME = h_TGME - total(h_TGME.sum((-2, -1), keepdim=True)) / channels
-    mean_square_TG11 = total(h_TGME.square().sum((-2, -1), keepdim=True)) / channels
-    normed_TNE = (h_TGME * torch.rsqrt(mean_square_TG11 + eps)).flatten(1, 2) * weight_NE.to(h_TGME.dtype)
-    return normed_TNE if bias_NE is None else normed_TNE + bias_NE.to(h_TGME.dtype)
+        h_TGD = h_TGD - total(h_TGD.sum(-1, keepdim=True)) / channels
+    mean_square_TG = total(torch.linalg.vecdot(h_TGD, h_TGD)) / channels
+    normed_TGD = h_TGD * torch.rsqrt(mean_square_TG + eps)[..., None]
+    normed_TNE = normed_TGD.view(h_TNE.shape) * weight_NE.to(h_TGD.dtype)
+    return normed_TNE if bias_NE is None else normed_TNE + bias_NE.to(h_TGD.dtype)
