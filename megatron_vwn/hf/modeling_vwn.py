@@ -165,7 +165,7 @@ class VWNConnection(nn.Module):
     def _gated(
         self, h_TNE: Tensor, dtype: torch.dtype, static_NK: Tensor, scale_NK: Tensor, weight_EK: Tensor
     ) -> Tensor:
-        h_RE = h_TNE.view(-1, self.segment_size)
+        h_RE = h_TNE.reshape(-1, self.segment_size)
         # RMSNorm's mean and 1 / sqrt(E) make it a sum.
         squares_R1 = torch.linalg.vector_norm(h_RE, dim=1, keepdim=True).square()
         inverse_R1 = torch.rsqrt(squares_R1 + self.segment_size * self.eps)

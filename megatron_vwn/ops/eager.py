@@ -330,5 +330,5 @@ def group_norm(
         h_TGD = h_TGD - total(h_TGD.sum(-1, keepdim=True)) / channels
     mean_square_TG = total(torch.linalg.vecdot(h_TGD, h_TGD)) / channels
     normed_TGD = h_TGD * torch.rsqrt(mean_square_TG + eps)[..., None]
-    normed_TNE = normed_TGD.view(h_TNE.shape) * weight_NE.to(h_TGD.dtype)
+    normed_TNE = normed_TGD.reshape(h_TNE.shape) * weight_NE.to(h_TGD.dtype)
     return normed_TNE if bias_NE is None else normed_TNE + bias_NE.to(h_TGD.dtype)
