@@ -18,7 +18,6 @@ LONGEST_FIRST = [
     "training/test_kernels_in_training.py",
     "examples/test_recipes_launch.py",
     "data/test_dali_data.py",
-    "modules/test_input_norm.py",
     "examples/test_recipes_models.py",
     "study/test_study_run.py",
     "training/test_refusals.py",

@@ -279,7 +279,9 @@ USES = (
     Use("torch.Tensor", "_base", PRESENT, "checkpoint/folders.py", "read"),
     Use("torch.UntypedStorage", "_cdata", PRESENT, "benchmark/memory.py", "read"),
     Use("torch.utils._python_dispatch", "TorchDispatchMode", "type", "benchmark/memory.py", "override"),
+    Use("torch.utils._python_dispatch", "TorchDispatchMode", "type", "benchmark/predict.py", "override"),
     Use("torch.utils._pytree", "tree_leaves", ("tree", "is_leaf"), "benchmark/memory.py", "call"),
+    Use("torch.utils._pytree", "tree_leaves", ("tree", "is_leaf"), "benchmark/predict.py", "call"),
     Use("torch.cuda", "_sleep", ("cycles",), "benchmark/timing.py", "call"),
     Use("torch.testing._internal.distributed.fake_pg", "FakeStore", PRESENT, "planner/simulated_world.py", "call"),
     Use(
@@ -298,8 +300,6 @@ USES = (
     ),
     # triton.
     Use("triton", "knobs", "module", "ops/kernels/launch.py", "read"),
-    Use("triton.language.range", "__init__", ("self", "arg1", ...), "ops/kernels/write_read.py", "call"),
-    Use("triton.language.range", "disable_licm", ATTRIBUTE, "ops/kernels/write_read.py", "read"),
     Use("triton.runtime.interpreter", "_patch_lang_tensor", ("tensor", "scope"), _INTERPRETER, "replace"),
     Use(
         "triton.runtime.interpreter",

@@ -153,6 +153,11 @@ class Block:
         self._points: dict[int, _Point] = {}
         self._packed, self._unopened = Counter(), Counter()
 
+    @property
+    def length(self) -> int:
+        """How many sublayers there are by now."""
+        return len(self._steps)
+
     @contextmanager
     def keeping(self) -> Iterator[list[_Kept]]:
         """Operations inside keep what ``hand_over`` can exchange for handles; gives the list of it.
@@ -273,7 +278,8 @@ def place_of(state: Tensor, block_size: int | None) -> Place | None:
     mark = getattr(state, "_vwn_mark", None)
     if mark is not None and mark.version == state._version:  # modified since, the chain would not lead to it
         block = mark.block()
-        if block is not None and mark.index < block.size:
+        # Whoever reads the same state once more is not next in the chain.
+        if block is not None and mark.index == block.length < block.size:
             return Place(block, mark.index)
     return Place(Block(state, block_size), 0)
 

@@ -117,8 +117,7 @@ class Connection(torch.nn.Module):
         """The sublayer's input X [..., D] from the state [..., n/m * D], in the state's dtype, and what ``write`` wants
         back; None for a static connection."""
         h_TNE = self._segments(hidden_states)
-        with _without_autocast(h_TNE):
-            x_TD, gates = dispatch.read(h_TNE, self._as_tensors())
+        x_TD, gates = dispatch.read(h_TNE, self._as_tensors())
         return x_TD.reshape(*hidden_states.shape[:-1], self.hidden_size), gates
 
     def write(self, hidden_states: Tensor, output: Tensor, gates: Gates | None) -> Tensor:
@@ -130,8 +129,7 @@ class Connection(torch.nn.Module):
             raise ValueError(
                 f"the sublayer's output is {list(output.shape)}: make it {list(expected)}, the shape of what was read."
             )
-        with _without_autocast(h_TNE):
-            next_TNE = dispatch.write(h_TNE, output.reshape(-1, self.hidden_size), gates, self._as_tensors())
+        next_TNE = dispatch.write(h_TNE, output.reshape(-1, self.hidden_size), gates, self._as_tensors())
         return next_TNE.reshape(hidden_states.shape)
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -174,8 +172,3 @@ class Connection(torch.nn.Module):
             doubly_stochastic=self.carry == "doubly-stochastic",
             kernels=self.kernels,
         )
-
-
-def _without_autocast(h_TNE: Tensor) -> torch.autocast:
-    """Autocast would take the products of the torch operations down to half precision."""
-    return torch.autocast(h_TNE.device.type, enabled=False)

@@ -57,6 +57,7 @@ def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
 
 def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
     """H' = B^T Y + A_carry^T H: the next state [T, N, E] in the dtype of h; ``gates`` are what the read of h gave."""
+    check_gates(h_TNE, gates, p)
     return implementation(h_TNE, p).write(h_TNE, y_TD, gates, p)
 
 
@@ -65,7 +66,29 @@ def write_read(
 ) -> tuple[Tensor, Tensor, Gates | None]:
     """The write of one connection and the read of the next at once: H' [T, N, E], X [T, D] and the gates of the next,
     in the dtype of h."""
-    return implementation(h_TNE, p).write_read(h_TNE, y_TD, gates, p, p_next)
+    check_gates(h_TNE, gates, p)
+    compute, following = implementation(h_TNE, p), implementation(h_TNE, p_next)
+    if following is not compute:
+        out_TNE = compute.write(h_TNE, y_TD, gates, p)
+        return out_TNE, *following.read(out_TNE, p_next)
+    return compute.write_read(h_TNE, y_TD, gates, p, p_next)
+
+
+def check_gates(h_TNE: Tensor, gates: Gates | None, p: ConnectionParameters) -> None:
+    """Refuse gates that no read of this state by this connection gave.
+
+    Raises:
+        ValueError: a dynamic connection without gates would be computed as a static one, and gates of other tokens
+            would be broadcast.
+    """
+    if (gates is None) == p.dynamic:
+        kind, what = ("dynamic", "the gates that its read returned") if p.dynamic else ("static", "None for its gates")
+        raise ValueError(f"the connection is {kind}: give the write {what}.")
+    if gates is not None and gates.logits_TNK.shape != (*h_TNE.shape[:2], p.routing_NK.shape[1]):
+        raise ValueError(
+            f"the gates are {list(gates.logits_TNK.shape)}, the state has {h_TNE.shape[0]} tokens of {p.n} segments: "
+            "give those that the read of this very state returned."
+        )
 
 
 def group_norm(

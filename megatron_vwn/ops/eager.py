@@ -19,6 +19,7 @@ coefficients, are then summed over its ranks (``ConnectionParameters.sum_over_ra
 
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ from megatron_vwn.ops.reference import sinkhorn
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
     """X = A_read^T H, [T, D] in the dtype of h, and the gates for the write."""
-    _, x_TD, *gates = _Boundary.apply(None, _without_tensors(p), h_TNE, None, None, None, None, *_learned(p))
-    return x_TD, _as_gates(gates)
+    _, x_TME, *gates = _Boundary.apply(None, _without_tensors(p), h_TNE, None, None, None, None, *_learned(p))
+    return x_TME.flatten(1), _as_gates(gates)
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
@@ -52,8 +53,8 @@ def write_read(
     """The write of one connection and the read of the next: H', X and the next one's gates."""
     shapes = _without_tensors(p), _without_tensors(p_next)
     written = (h_TNE, y_TD, gates and gates.logits_TNK, p.routing_NK, p.scale_NK)
-    out_TNE, x_TD, *gates = _Boundary.apply(*shapes, *written, *_learned(p_next))
-    return out_TNE, x_TD, _as_gates(gates)
+    out_TNE, x_TME, *gates = _Boundary.apply(*shapes, *written, *_learned(p_next))
+    return out_TNE, x_TME.flatten(1), _as_gates(gates)
 
 
 def logits(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Tensor]:
@@ -83,10 +84,24 @@ def coefficients(logits_TNK: Tensor | None, p: ConnectionParameters, dtype: torc
     return torch.cat([read_TNM, _doubly_stochastic(carry_TNN), write_TNM], dim=-1)
 
 
+def _without_autocast(method: Callable) -> Callable:
+    @wraps(method)
+    def exact(ctx, *arguments):
+        device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return method(ctx, *arguments)
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *arguments)
+
+    return exact
+
+
 class _Boundary(torch.autograd.Function):
     """A write by ``this`` connection, a read by ``following``, or both; None for the one that is not there."""
 
+    # Autocast would take the products of either pass down to half precision.
     @staticmethod
+    @_without_autocast
     def forward(
         ctx,
         this: ConnectionParameters | None,
@@ -98,7 +113,7 @@ class _Boundary(torch.autograd.Function):
         scale_NK: Tensor | None,
         *learned: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        dtype, out_TNE, x_TD, z_next_TNK, inverse_TN = h_TNE.dtype, None, None, None, None
+        dtype, out_TNE, x_TME, z_next_TNK, inverse_TN = h_TNE.dtype, None, None, None, None
         h = state = h_TNE.to(accumulation_dtype(dtype))
         if this is not None:
             p = this._replace(routing_NK=routing_NK, scale_NK=scale_NK)
@@ -113,19 +128,25 @@ class _Boundary(torch.autograd.Function):
                 z_next_TNK, inverse_TN = logits(state, q)
                 z_next_TNK = z_next_TNK.to(dtype)
             # The logits as they are kept: the backward pass has no others.
-            x_TD = torch.bmm(_part(z_next_TNK, q, state, slice(0, q.m)).mT, state).flatten(1).to(dtype)
+            x_TME = torch.bmm(_part(z_next_TNK, q, state, slice(0, q.m)).mT, state).to(dtype)
         ctx.this, ctx.following = this, following
         # Nobody but a read needs the state that was written.
         next_TNE = None if following is None else out_TNE
         ctx.save_for_backward(h_TNE, y_TD, z_TNK, routing_NK, scale_NK, next_TNE, z_next_TNK, inverse_TN, *learned)
         ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            # Where a tensor came from an operation in place or from a conversion to its own dtype, the tracer of torch
+            # 2.11 has two outputs for one and loses the gradient (tests/ops/test_connection.py).
+            made = (out_TNE, x_TME, z_next_TNK, inverse_TN)
+            out_TNE, x_TME, z_next_TNK, inverse_TN = (None if t is None else t.view(t.shape) for t in made)
         if inverse_TN is not None:
             ctx.mark_non_differentiable(inverse_TN)
-        return out_TNE, x_TD, z_next_TNK, inverse_TN
+        return out_TNE, x_TME, z_next_TNK, inverse_TN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout_TNE: Tensor | None, dx_TD: Tensor | None, dc_next_TNK: Tensor | None, _inverse: None):
+    @_without_autocast
+    def backward(ctx, dout_TNE: Tensor | None, dx_TME: Tensor | None, dc_next_TNK: Tensor | None, _inverse: None):
         h_TNE, y_TD, z_TNK, routing_NK, scale_NK, out_TNE, z_next_TNK, inverse_TN, *learned = ctx.saved_tensors
         dtype, h = h_TNE.dtype, h_TNE.to(accumulation_dtype(h_TNE.dtype))
         g_TNE = None if dout_TNE is None else dout_TNE.to(h.dtype)
@@ -133,9 +154,9 @@ class _Boundary(torch.autograd.Function):
         if ctx.following is not None:
             q = _with(ctx.following, learned)
             state = h if ctx.this is None else out_TNE.to(h.dtype)
-            dx_TME = state.new_zeros(()).expand(state.shape[0], q.m, state.shape[-1])
-            if dx_TD is not None:
-                dx_TME = dx_TD.to(h.dtype).unflatten(-1, (q.m, -1))
+            if dx_TME is None:
+                dx_TME = state.new_zeros(()).expand(state.shape[0], q.m, state.shape[-1])
+            dx_TME = dx_TME.to(h.dtype)
             g_TNE, gradients = _read_backward(state, g_TNE, dx_TME, dc_next_TNK, z_next_TNK, inverse_TN, q)
         if ctx.this is None:
             return None, None, g_TNE.to(dtype), None, None, None, None, *gradients

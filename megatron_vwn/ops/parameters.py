@@ -12,7 +12,6 @@ Shape suffixes:
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -87,16 +86,14 @@ SINKHORN_KAPPA = 8.0
 SINKHORN_ITERATIONS = 20
 
 
-@cache
 def initial_pattern(m: int, n: int, num_carry: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The initial [A_read | A_carry | B^T] as an [N, K] tensor: [I_m; 0], I_n, and B^T[j, i] = 1 where i = j mod m."""
-    with torch.inference_mode(False):  # it is kept, and who asks next may train
-        segment_N = torch.arange(n, device=device)
-        pattern_NK = torch.zeros(n, 2 * m + num_carry, dtype=dtype, device=device)
-        pattern_NK[segment_N[:m], segment_N[:m]] = 1
-        if num_carry:
-            pattern_NK[segment_N, m + segment_N] = 1
-        pattern_NK[segment_N, m + num_carry + segment_N % m] = 1
+    segment_N = torch.arange(n, device=device)
+    pattern_NK = torch.zeros(n, 2 * m + num_carry, dtype=dtype, device=device)
+    pattern_NK[segment_N[:m], segment_N[:m]] = 1
+    if num_carry:
+        pattern_NK[segment_N, m + segment_N] = 1
+    pattern_NK[segment_N, m + num_carry + segment_N % m] = 1
     return pattern_NK
 
 

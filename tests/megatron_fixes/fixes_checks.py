@@ -31,7 +31,7 @@ from megatron_vwn.modules.stack import VirtualWidthStack
 ROOT = Path(megatron_vwn.__file__).parent
 PACKAGES = ("megatron", "torch", "triton", "transformers", "transformer_engine", "nvidia")
 # Our own private names that a file reaches through another object, and the public method of every named tuple.
-OURS = {"_active", "_vwn_mark", "_norm_of", "_open", "_fill", "_replace"}
+OURS = {"_active", "_vwn_mark", "_norm_of", "_open", "_fill", "_asdict", "_replace"}
 
 OPTIMIZER = distrib_optimizer.DistributedOptimizer
 PATCHED = [

@@ -146,8 +146,6 @@ def memory(size: int | None, fused: bool) -> dict[str, object]:
     """Storages of the size of H and of X and Y, kept by the forward pass, as each backward begins, and at the end."""
     with nullcontext() if fused else unfused():
         row = Row(size)
-        with torch.no_grad():
-            row.forward()  # the initial pattern of a connection is made once and stays
         with Storages() as storages:
             loss = row.forward(storages).sum()
             kept = row.census(storages)

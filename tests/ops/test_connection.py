@@ -203,3 +203,56 @@ def test_wrong_shapes_are_refused():
         module.read(torch.randn(3, 16))
     with pytest.raises(ValueError, match=r"make it \[3, 16\]"):
         module(torch.randn(3, 48), lambda x: x[:, :8])
+
+
+def test_gates_of_no_read_of_this_state_are_refused():
+    p = connection(2, 6, SEGMENT)
+    module, fixed = module_of(p), Connection(2, 6, 2 * SEGMENT, connection="static")
+    h, y = (t.detach().flatten(1) for t in state_and_output(5, p, SEGMENT))
+    _, gates = module.read(h[:1])
+    with pytest.raises(ValueError, match="is dynamic: give the write the gates"):
+        module.write(h, y, None)
+    with pytest.raises(ValueError, match="the state has 5 tokens of 6 segments"):
+        module.write(h, y, gates)
+    with pytest.raises(ValueError, match="is static: give the write None"):
+        fixed.write(h[:1].float(), y[:1].float(), gates)
+
+
+def test_a_sublayer_may_begin_in_place():
+    p = connection(2, 6, SEGMENT)
+    h, _ = (t.detach().flatten(1) for t in state_and_output(5, p, SEGMENT))
+    gradients_of = []
+    for sublayer in (torch.relu_, torch.relu):
+        module, state = module_of(p), h.clone().requires_grad_()
+        module(state, sublayer).square().sum().backward()
+        gradients_of.append([state.grad, *(q.grad for q in module.parameters())])
+    assert all(map(torch.equal, *gradients_of))
+
+
+def test_the_backward_pass_under_autocast_is_exact():
+    p = connection(2, 6, SEGMENT, dtype=torch.float32)
+    h, _ = (t.detach().flatten(1) for t in state_and_output(5, p, SEGMENT, dtype=torch.float32))
+    gradients_of = []
+    for enabled in (True, False):
+        module = module_of(p)
+        loss = module(h, torch.sin).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients_of.append([q.grad for q in module.parameters()])
+    assert all(map(torch.equal, *gradients_of))
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_compiled_gradients_are_the_same(dynamic):
+    p = connection(2, 4, SEGMENT, dynamic=dynamic, dtype=torch.float32)
+    h, _ = (t.detach().flatten(1) for t in state_and_output(5, p, SEGMENT, dtype=torch.float32))
+    module, state = module_of(p, dynamic=dynamic), h.requires_grad_()
+
+    def loss(state):
+        return module(state, torch.sin).square().sum()
+
+    leaves_of = [state, *module.parameters()]
+    expected = torch.autograd.grad(loss(state), leaves_of)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for got, want in zip(torch.autograd.grad(compiled(state), leaves_of), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -31,8 +31,8 @@ _PARAMETERS = ("routing_NK", "scale_NK", "weight_EK", "norm_E")
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
     """X = A_read^T H, [T, D] in the dtype of h, and the gates of h; None for a static connection."""
-    x_TD, *gates = _Read.apply(p, h_TNE, *_tensors(p))
-    return x_TD, Gates(*gates) if p.dynamic else None
+    x_TME, *gates = _Read.apply(p, h_TNE, *_tensors(p))
+    return x_TME.flatten(1), Gates(*gates) if p.dynamic else None
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
@@ -44,8 +44,8 @@ def write_read(
     h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters, p_next: ConnectionParameters
 ) -> tuple[Tensor, Tensor, Gates | None]:
     """The write of one connection and the read of the next: H', X [T, D] and the gates of H' for p_next."""
-    out_TNE, x_TD, *made = _WriteRead.apply(p, p_next, h_TNE, y_TD, _logits(gates), *_tensors(p), *_tensors(p_next))
-    return out_TNE, x_TD, Gates(*made) if p_next.dynamic else None
+    out_TNE, x_TME, *made = _WriteRead.apply(p, p_next, h_TNE, y_TD, _logits(gates), *_tensors(p), *_tensors(p_next))
+    return out_TNE, x_TME.flatten(1), Gates(*made) if p_next.dynamic else None
 
 
 def _logits(gates: Gates | None) -> Tensor | None:
@@ -79,10 +79,10 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx_TD: Tensor | None, dc_TNK: Tensor | None = None, _=None):
+    def backward(ctx, dx_TME: Tensor | None, dc_TNK: Tensor | None = None, _=None):
         h_TNE, z_TNK, inverse_rms_TN, *tensors = ctx.saved_tensors
         p = _with(ctx.p, tensors)
-        q, dx_TME = prepare(p, h_TNE.dtype), _segments(dx_TD, h_TNE, p.m)
+        q, dx_TME = prepare(p, h_TNE.dtype), _segments(dx_TME, h_TNE, p.m)
         dh_TNE, _, _, dz_TNK, dc_TNK = _family(p.n).backward(
             h_TNE, None, None, None, h_TNE, z_TNK, inverse_rms_TN, q, None, dx_TME, _contiguous(dc_TNK)
         )
@@ -139,14 +139,14 @@ class _WriteRead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout_TNE: Tensor | None, dx_TD: Tensor | None, dc_next_TNK: Tensor | None = None, _=None):
+    def backward(ctx, dout_TNE: Tensor | None, dx_TME: Tensor | None, dc_next_TNK: Tensor | None = None, _=None):
         h_TNE, y_TD, z_TNK, out_TNE, z_next_TNK, inverse_rms_TN, *tensors = ctx.saved_tensors
         p, p_next = _with(ctx.p, tensors[:4]), _with(ctx.p_next, tensors[4:])
         written, q = prepare(p, None), prepare(p_next, h_TNE.dtype)
         dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK = _family(p.n).backward(
             h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, written, out_TNE, z_next_TNK, inverse_rms_TN, q,
             torch.zeros_like(out_TNE) if dout_TNE is None else dout_TNE.contiguous(),
-            _segments(dx_TD, h_TNE, p.m), _contiguous(dc_next_TNK),
+            _segments(dx_TME, h_TNE, p.m), _contiguous(dc_next_TNK),
         )  # fmt: skip
         return (
             None, None, dh_TNE, dy_TME.flatten(1), *_writer_gradients(written, dc_TNK),
@@ -180,14 +180,14 @@ def _keep(ctx, z_TNK: Tensor | None, inverse_rms_TN: Tensor | None) -> None:
 
 
 def _made(x_TME: Tensor, z_TNK: Tensor | None, inverse_rms_TN: Tensor | None) -> tuple[Tensor, ...]:
-    return (x_TME.flatten(1),) if z_TNK is None else (x_TME.flatten(1), z_TNK, inverse_rms_TN)
+    return (x_TME,) if z_TNK is None else (x_TME, z_TNK, inverse_rms_TN)
 
 
-def _segments(x_TD: Tensor | None, h_TNE: Tensor, m: int) -> Tensor:
-    """As contiguous [T, M, E]; zeros where there is none."""
-    if x_TD is None:
+def _segments(x: Tensor | None, h_TNE: Tensor, m: int) -> Tensor:
+    """A [T, D] or [T, M, E] as contiguous [T, M, E]; zeros where there is none."""
+    if x is None:
         return h_TNE.new_zeros(h_TNE.shape[0], m, h_TNE.shape[-1])
-    return x_TD.contiguous().view(h_TNE.shape[0], m, h_TNE.shape[-1])
+    return x.contiguous().view(h_TNE.shape[0], m, h_TNE.shape[-1])
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

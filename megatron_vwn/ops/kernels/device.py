@@ -29,7 +29,7 @@ def load_scale(pointer, place, exists):
 
 @triton.jit
 def deviation(z, routing_ptr, scale_ptr, place, exists, ones, DYNAMIC: tl.constexpr, SIGMOID: tl.constexpr):
-    """Coefficients minus their initial pattern (``ops.eager.deviations``), in fp32.
+    """Coefficients minus their initial pattern (``ops.reference.coefficients`` has all of them), in fp32.
 
     z: logits in fp32, any if not DYNAMIC; place: of the parameters, in [N, K]; exists, ones: where there is a
     coefficient and where its pattern is one. Where there is none, this is S tanh(z): zero for a logit of zero.
