@@ -8,7 +8,7 @@ STEPS = 50
 # One reading alone, three boundaries that a fused kernel crosses, a norm before the reduction; padded n and E.
 FLAGS = tiny(
     "*-*-",
-    "--vwn-m 2 --vwn-n 6 --adam-eps 1e-6 --lr-decay-style cosine --tensorboard-log-interval 1",
+    "--vwn-m 2 --vwn-n 12 --adam-eps 1e-6 --lr-decay-style cosine --tensorboard-log-interval 1",
     hidden_size=48,
     seq_length=4,
     micro_batch_size=1,
