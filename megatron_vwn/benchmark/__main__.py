@@ -463,7 +463,7 @@ def _measuring(parser: argparse.ArgumentParser, *, rounds: int) -> None:
         "--rounds", type=_positive, default=rounds, help="samples of each variant (default: %(default)s)"
     )
     parser.add_argument("--warmup", type=_positive, default=3, help="rounds before them (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="default: benchmark_results/MODE-DEVICE.json")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="default: results/MODE-DEVICE.json")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
     parser.add_argument(
         "--commit-results",

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--attention-mask", action="store_true", help="with --create-attention-mask-in-dataloader")
     parser.add_argument("--batches", type=_positive, default=100, help="micro-batches of a round (%(default)s)")
     parser.add_argument("--rounds", type=_positive, default=7, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmark_results/data-DEVICE.json")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/data-DEVICE.json")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
