@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from megatron_vwn.benchmark.sass import Code, Instruction
 from megatron_vwn.benchmark.ttgir import Program
+from megatron_vwn.planner.hardware import HARDWARE
 
 CALIBRATION = "one public figure (TransformerEngine's mHC projection, within 20 %); nothing here ran on a GPU"
 
@@ -43,12 +44,12 @@ class Gpu:
     """
 
     dram: float
+    matrix: float
     dram_share: float = 0.92
     l2: float = 5.5e12
     l2_bytes: float = 50e6
     multiprocessors: int = 132
     hertz: float = 1.755e9
-    matrix: float = 989e12
     library_share: float = 0.8
     shared_bytes: int = 228 * 1024
     l1_bytes: int = 256 * 1024
@@ -57,7 +58,10 @@ class Gpu:
     small_operation: float = 2.5e-6
 
 
-GPUS = {"h200": Gpu(dram=4.8e12), "h100": Gpu(dram=3.35e12)}
+GPUS = {
+    name: Gpu(dram=1e9 * HARDWARE[name].memory_gbs, matrix=1e12 * HARDWARE[name].matrix_tflops)
+    for name in ("h200", "h100")
+}
 
 _SCHEDULERS = 4
 _MMA_SHARE = 0.62  # of the peak that mma.sync reaches on Hopper

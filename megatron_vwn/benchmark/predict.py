@@ -22,10 +22,9 @@ from megatron_vwn.benchmark.sass import Code
 from megatron_vwn.benchmark.ttgir import read_program
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import PASSES, Width
+from megatron_vwn.planner.kernel_times import WHOLE
 
 ARCHITECTURE = {"h100": "sm_90", "h200": "sm_90"}
-# The row of a whole pass, beside those of its kernels.
-WHOLE = "all"
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "set_")
 
 

@@ -14,6 +14,7 @@ from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import PASSES, Width
 from megatron_vwn.planner import kernel_times
+from megatron_vwn.planner.hardware import HARDWARE
 
 PAIRS = ((2, 3), (4, 16), (1, 8), (4, 32), (8, 64))
 # The README has the table between this line and the next blank line after the table.
@@ -34,8 +35,8 @@ class Rates:
         gpu: whose predicted kernels are taken.
     """
 
-    bandwidth: float = 4.8e12
-    flop_rate: float = 989e12
+    bandwidth: float = 1e9 * HARDWARE["h200"].memory_gbs
+    flop_rate: float = 1e12 * HARDWARE["h200"].matrix_tflops
     baseline_flop_rate: float = 400e12
     active_parameters: float = 56.6e6
     hidden_size: int = 2048

@@ -15,6 +15,8 @@ from pathlib import Path
 from megatron_vwn.atomic import write_json
 from megatron_vwn.ops.costs import PASSES, Pass, Width, floor_seconds
 
+# The row of a whole pass in a report, beside those of its kernels.
+WHOLE = "all"
 PATH = Path(__file__).with_name("kernel_times.json")
 
 
@@ -96,14 +98,14 @@ def write(report: Mapping, path: Path = PATH) -> None:
     names = ("gpu", "m", "n", "hidden_size", "pass", "tokens", "seconds", "small_operations", "fixed_seconds")
     passes = []
     for result in report["results"]:
-        if (result["op"], result["status"], result["kernel"]) != ("write_read", "predicted", "all"):
+        if (result["op"], result["status"], result["kernel"]) != ("write_read", "predicted", WHOLE):
             continue
         share = result["floor_seconds"] / (result["seconds"] - result["fixed_seconds"])
         passes.append({**{name: result[name] for name in names}, "share_of_floor": round(share, 4)})
     kernels = [
         {name: result[name] for name in ("gpu", "m", "n", "hidden_size", "pass", "kernel", "limit", "share_of_traffic")}
         for result in report["results"]
-        if result["status"] == "predicted" and result["kernel"] != "all"
+        if result["status"] == "predicted" and result["kernel"] != WHOLE
     ]
     settings = report["settings"]
     head = {name: report[name] for name in ("date", "commit", "versions")}
