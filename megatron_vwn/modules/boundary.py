@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack
 from torch import Tensor
 
 from megatron_vwn.modules.connection import Connection
-from megatron_vwn.modules.recompute import Place, Step, mark_place, place_of
+from megatron_vwn.modules.recompute import Place, Step, hand_over, keeping, mark_place, place_of
 from megatron_vwn.ops import Gates
 
 
@@ -57,27 +57,19 @@ class PendingWrite:
     def finish(self) -> Tensor:
         """The next state [s, b, N * E]."""
         this, y = self._take()
-        if this.place is None:
-            return this.connection.write(this.state, y, this.gates).view(this.state.shape)
-        block, index = this.place
-        with block.keeping() as kept:
+        with keeping(this.place) as kept:
             next_TNE = this.connection.write(this.state, y, this.gates)
-        block.hand_over(kept, index, this.state, _rebuilt(this.gates, this.connection))
+        hand_over(kept, this.place, this.state, _rebuilt(this.gates, this.connection))
         return _next_state(next_TNE, this, y)
 
     def read_by(self, following: Connection) -> Arrival:
         """The next sublayer's arrival, whose read is done together with this write."""
         this, y = self._take()
-        if this.place is None:
+        with keeping(this.place) as kept:
             next_TNE, x_TD, gates = this.connection.write_read(this.state, y, this.gates, following)
-            state = next_TNE.view(this.state.shape)
-        else:
-            block, index = this.place
-            with block.keeping() as kept:
-                next_TNE, x_TD, gates = this.connection.write_read(this.state, y, this.gates, following)
-            block.hand_over(kept, index, this.state, this.gates)
-            block.hand_over(kept, index + 1, next_TNE, gates)
-            state = _next_state(next_TNE, this, y, following)
+        hand_over(kept, this.place, this.state, this.gates)
+        hand_over(kept, _next_place(this), next_TNE, gates)
+        state = _next_state(next_TNE, this, y, following)
         return Arrival(
             connection=following,
             state=state,
@@ -93,8 +85,8 @@ class PendingWrite:
 
 
 def _next_state(next_TNE: Tensor, this: Arrival, y: Tensor, following: Connection | None = None) -> Tensor:
-    state = next_TNE.view(this.state.shape)
-    if next_TNE.grad_fn is not None:
+    state, next_place = next_TNE.view(this.state.shape), _next_place(this)
+    if next_place is not None and next_TNE.grad_fn is not None:
         step = Step(
             connection=this.connection,
             x=this.x,
@@ -103,9 +95,13 @@ def _next_state(next_TNE: Tensor, this: Arrival, y: Tensor, following: Connectio
             x_by_read=this.x_by_read,
             following=following,
         )
-        this.place.block.add(step, next_TNE.grad_fn)
-        mark_place(state, Place(this.place.block, this.place.index + 1))
+        next_place.block.add(step, next_TNE.grad_fn)
+        mark_place(state, next_place)
     return state
+
+
+def _next_place(this: Arrival) -> Place | None:
+    return None if this.place is None else this.place._replace(index=this.place.index + 1)
 
 
 def arrive(connection: Connection, hidden_states: Tensor | PendingWrite) -> Arrival:
@@ -114,12 +110,9 @@ def arrive(connection: Connection, hidden_states: Tensor | PendingWrite) -> Arri
     if isinstance(hidden_states, PendingWrite):
         return hidden_states.read_by(connection)
     place = place_of(hidden_states, connection.virtual_width.recompute_block)
-    if place is None:
+    with keeping(place) as kept:
         x, gates = connection.read(hidden_states)
-    else:
-        with place.block.keeping() as kept:
-            x, gates = connection.read(hidden_states)
-        place.block.hand_over(kept, place.index, hidden_states, _rebuilt(gates, connection))
+    hand_over(kept, place, hidden_states, _rebuilt(gates, connection))
     return Arrival(
         connection=connection,
         state=hidden_states,

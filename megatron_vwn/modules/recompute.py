@@ -29,7 +29,7 @@ first, gradient-free pass has no blocks, and the second has.
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -287,6 +287,17 @@ def place_of(state: Tensor, block_size: int | None) -> Place | None:
 def mark_place(state: Tensor, place: Place) -> None:
     """Let the next layer know that its state follows from the block's."""
     state._vwn_mark = _Mark(weakref.ref(place.block), place.index, state._version)
+
+
+def keeping(place: Place | None) -> AbstractContextManager[list[_Kept]]:
+    """``Block.keeping`` of this place; without one, nothing is looked at."""
+    return nullcontext([]) if place is None else place.block.keeping()
+
+
+def hand_over(everything: list[_Kept], place: Place | None, state: Tensor, gates: Gates | None) -> None:
+    """``Block.hand_over`` for the point at this place; nothing without one."""
+    if place is not None:
+        place.block.hand_over(everything, place.index, state, gates)
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

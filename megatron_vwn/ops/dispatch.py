@@ -57,7 +57,7 @@ def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
 
 def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
     """H' = B^T Y + A_carry^T H: the next state [T, N, E] in the dtype of h; ``gates`` are what the read of h gave."""
-    check_gates(h_TNE, gates, p)
+    _check_gates(h_TNE, gates, p)
     return implementation(h_TNE, p).write(h_TNE, y_TD, gates, p)
 
 
@@ -66,7 +66,7 @@ def write_read(
 ) -> tuple[Tensor, Tensor, Gates | None]:
     """The write of one connection and the read of the next at once: H' [T, N, E], X [T, D] and the gates of the next,
     in the dtype of h."""
-    check_gates(h_TNE, gates, p)
+    _check_gates(h_TNE, gates, p)
     compute, following = implementation(h_TNE, p), implementation(h_TNE, p_next)
     if following is not compute:
         out_TNE = compute.write(h_TNE, y_TD, gates, p)
@@ -74,7 +74,7 @@ def write_read(
     return compute.write_read(h_TNE, y_TD, gates, p, p_next)
 
 
-def check_gates(h_TNE: Tensor, gates: Gates | None, p: ConnectionParameters) -> None:
+def _check_gates(h_TNE: Tensor, gates: Gates | None, p: ConnectionParameters) -> None:
     """Refuse gates that no read of this state by this connection gave.
 
     Raises:

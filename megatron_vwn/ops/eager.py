@@ -37,13 +37,13 @@ from megatron_vwn.ops.reference import sinkhorn
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
     """X = A_read^T H, [T, D] in the dtype of h, and the gates for the write."""
-    _, x_TME, *gates = _Boundary.apply(None, _without_tensors(p), h_TNE, None, None, None, None, *_learned(p))
+    _, x_TME, *gates = _Boundary.apply(None, p.without_learned(), h_TNE, None, None, None, None, *p.learned)
     return x_TME.flatten(1), _as_gates(gates)
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
     """H' = B^T Y + A_carry^T H, [T, N, E] in the dtype of h."""
-    written = (_without_tensors(p), None, h_TNE, y_TD, gates and gates.logits_TNK, p.routing_NK, p.scale_NK)
+    written = (p.without_learned(), None, h_TNE, y_TD, gates and gates.logits_TNK, p.routing_NK, p.scale_NK)
     return _Boundary.apply(*written, None, None, None, None)[0]
 
 
@@ -51,9 +51,9 @@ def write_read(
     h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters, p_next: ConnectionParameters
 ) -> tuple[Tensor, Tensor, Gates | None]:
     """The write of one connection and the read of the next: H', X and the next one's gates."""
-    shapes = _without_tensors(p), _without_tensors(p_next)
+    shapes = p.without_learned(), p_next.without_learned()
     written = (h_TNE, y_TD, gates and gates.logits_TNK, p.routing_NK, p.scale_NK)
-    out_TNE, x_TME, *gates = _Boundary.apply(*shapes, *written, *_learned(p_next))
+    out_TNE, x_TME, *gates = _Boundary.apply(*shapes, *written, *p_next.learned)
     return out_TNE, x_TME.flatten(1), _as_gates(gates)
 
 
@@ -71,13 +71,13 @@ def logits(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Tensor]:
     return z_RK.unflatten(0, (tokens, n)), inverse_R.view(tokens, n)
 
 
-def coefficients(logits_TNK: Tensor | None, p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
-    """[A_read | A_carry | B^T] from the logits of all columns, in this accumulation dtype.
+def coefficients(gate_TNK: Tensor | None, p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
+    """[A_read | A_carry | B^T] from the ``gate`` of all columns, in this accumulation dtype.
 
     Returns:
-        [T, N, K], or [1, N, K] for a static connection, whose logits are None.
+        [T, N, K], or [1, N, K] for a static connection, whose gate is None.
     """
-    raw_TNK = _raw(p, None if logits_TNK is None else _gate(logits_TNK.to(dtype), p), dtype)
+    raw_TNK = _raw(p, gate_TNK, dtype)
     if not p.doubly_stochastic:
         return raw_TNK
     read_TNM, carry_TNN, write_TNM = raw_TNK.split([p.m, p.num_carry, p.m], dim=-1)
@@ -123,7 +123,7 @@ class _Boundary(torch.autograd.Function):
             out_TNE = state.baddbmm_(write_TNM, y_TME).to(dtype)
             state = out_TNE.to(h.dtype)
         if following is not None:
-            q = _with(following, learned)
+            q = following.with_learned(learned)
             if q.dynamic:
                 z_next_TNK, inverse_TN = logits(state, q)
                 z_next_TNK = z_next_TNK.to(dtype)
@@ -152,7 +152,7 @@ class _Boundary(torch.autograd.Function):
         g_TNE = None if dout_TNE is None else dout_TNE.to(h.dtype)
         gradients = [None] * 4
         if ctx.following is not None:
-            q = _with(ctx.following, learned)
+            q = ctx.following.with_learned(learned)
             state = h if ctx.this is None else out_TNE.to(h.dtype)
             if dx_TME is None:
                 dx_TME = state.new_zeros(()).expand(state.shape[0], q.m, state.shape[-1])
@@ -192,7 +192,7 @@ def _read_backward(
     # The whole gradient of a state, and those of the learned tensors of the connection that reads it.
     dtype = state_TNE.dtype
     z_TNK = None if z_TNK is None else z_TNK.to(dtype)
-    gate_TNK = None if z_TNK is None else _gate(z_TNK, q)
+    gate_TNK = None if z_TNK is None else gate(z_TNK, q)
     raw_TNK = _raw(q, gate_TNK, dtype)
     read_TNM = raw_TNK[..., : q.m].expand(state_TNE.shape[0], -1, -1)
     rest_TNK = None if dc_TNK is None else dc_TNK[..., q.m :].to(dtype)
@@ -226,7 +226,7 @@ def _read_backward(
         dscaled_EK * q.norm_E.to(dtype)[:, None],
         torch.linalg.vecdot(dscaled_EK, q.weight_EK.to(dtype)),
     ]
-    return g_TNE, [gradient.to(t.dtype) for gradient, t in zip(gradients, _learned(q), strict=True)]
+    return g_TNE, [gradient.to(t.dtype) for gradient, t in zip(gradients, q.learned, strict=True)]
 
 
 def _scaled_weight(p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
@@ -239,9 +239,10 @@ def _static(p: ConnectionParameters, dtype: torch.dtype) -> Tensor:
     return pattern_NK + p.routing_NK.to(dtype)
 
 
-def _gate(z_TNK: Tensor, p: ConnectionParameters, columns: slice = slice(None)) -> Tensor:
-    # tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns, as 1 - 2 sigmoid(-2z): on a CPU torch's sigmoid
-    # is four times as fast as its tanh. The absolute error of 1e-7 is that of rounding a coefficient, and 0 at z = 0.
+def gate(z_TNK: Tensor, p: ConnectionParameters, columns: slice = slice(None)) -> Tensor:
+    """tanh(z), or 2 sigmoid(S z) - 1 = tanh(S z / 2), of some columns of a dynamic connection, [T, N, K']."""
+    # As 1 - 2 sigmoid(-2z): on a CPU torch's sigmoid is four times as fast as its tanh. The absolute error of 1e-7 is
+    # that of rounding a coefficient, and 0 at z = 0.
     scale = -2 if p.gate == "tanh" else -1 - p.scale_NK[:, columns].to(z_TNK.dtype)
     return torch.rsub((z_TNK[..., columns] * scale).sigmoid_(), 1, alpha=2)
 
@@ -258,7 +259,7 @@ def _raw(p: ConnectionParameters, gate_TNK: Tensor | None, dtype: torch.dtype, c
 
 def _part(z_TNK: Tensor | None, p: ConnectionParameters, h_TNE: Tensor, columns: slice) -> Tensor:
     # Coefficients of some columns for each token of h: no more gates than are asked for.
-    gate_TNK = None if z_TNK is None else _gate(z_TNK.to(h_TNE.dtype), p, columns)
+    gate_TNK = None if z_TNK is None else gate(z_TNK.to(h_TNE.dtype), p, columns)
     return _raw(p, gate_TNK, h_TNE.dtype, columns).expand(h_TNE.shape[0], -1, -1)
 
 
@@ -290,20 +291,6 @@ def _static_gradient(dc_TNK: Tensor, p: ConnectionParameters) -> Tensor:
     if p.sum_over_ranks is not None:
         dc_1NK = p.sum_over_ranks(dc_1NK)
     return _before_sinkhorn(dc_1NK, _raw(p, None, dc_1NK.dtype), p)[0]
-
-
-def _learned(p: ConnectionParameters) -> tuple[Tensor | None, ...]:
-    return p.routing_NK, p.scale_NK, p.weight_EK, p.norm_E
-
-
-def _with(p: ConnectionParameters, learned: list[Tensor | None]) -> ConnectionParameters:
-    routing_NK, scale_NK, weight_EK, norm_E = learned
-    return p._replace(routing_NK=routing_NK, scale_NK=scale_NK, weight_EK=weight_EK, norm_E=norm_E)
-
-
-def _without_tensors(p: ConnectionParameters) -> ConnectionParameters:
-    # Autograd sees tensors that are arguments, and a node must not hold others.
-    return _with(p, [None] * 4)
 
 
 def _as_gates(gates: list[Tensor | None]) -> Gates | None:

@@ -11,7 +11,7 @@ Shape suffixes:
 ``h_TNE`` is the over-width state with E contiguous, ``x_TD`` and ``y_TD`` are a sublayer's input and output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,6 +52,20 @@ class ConnectionParameters(NamedTuple):
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None
     ranks: int = 1
     kernels: Literal["auto", "triton", "torch"] = "auto"
+
+    @property
+    def learned(self) -> tuple[Tensor | None, ...]:
+        """The tensors: routing, scale, weight, norm."""
+        return self.routing_NK, self.scale_NK, self.weight_EK, self.norm_E
+
+    def with_learned(self, tensors: Iterable[Tensor | None]) -> "ConnectionParameters":
+        """The same connection with other tensors, in the order of ``learned``."""
+        routing_NK, scale_NK, weight_EK, norm_E = tensors
+        return self._replace(routing_NK=routing_NK, scale_NK=scale_NK, weight_EK=weight_EK, norm_E=norm_E)
+
+    def without_learned(self) -> "ConnectionParameters":
+        """What an autograd function keeps beside the tensors that it saves: a node must not hold others."""
+        return self.with_learned([None] * 4)
 
     @property
     def dynamic(self) -> bool:

@@ -63,17 +63,17 @@ def wrong_models() -> None:
     """A fault that a fresh model hides, and one that it shows: no time for either, and exit code 1."""
     from megatron_vwn.ops import eager
 
-    gate, raw = eager._gate, eager._raw
+    gate, raw = eager.gate, eager._raw
     try:
         # Zero gates hide it in outputs and in gradients.
-        eager._gate = lambda *arguments: gate(*arguments) * (1 + gate(*arguments))
+        eager.gate = lambda *arguments: gate(*arguments) * (1 + gate(*arguments))
         rows, _ = run(f"layer {MODEL} {WIDTH}", 1)
         assert rows["VWN"]["status"] == "disagrees" and "perturbed" in rows["VWN"]["reason"], rows["VWN"]
-        eager._gate, eager._raw = gate, lambda *arguments: 1.01 * raw(*arguments)
+        eager.gate, eager._raw = gate, lambda *arguments: 1.01 * raw(*arguments)
         rows, _ = run(f"model {MODEL} {WIDTH}", 1)
         assert rows["VWN"]["status"] == "disagrees" and "fresh" in rows["VWN"]["reason"], rows["VWN"]
     finally:
-        eager._gate, eager._raw = gate, raw
+        eager.gate, eager._raw = gate, raw
     assert "seconds" not in rows["VWN"] and rows["baseline"]["status"] == "measured"
 
 

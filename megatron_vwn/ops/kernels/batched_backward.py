@@ -197,11 +197,8 @@ def batched_stream(
         ).to(dtype)  # fmt: skip
     if NEXT_DYNAMIC:
         dz_next_ptr += first * (SEGMENTS * NEXT_K) + token * (SEGMENTS * NEXT_K) + row * NEXT_K
-        # At least 16 columns, which a product sums over.
-        WIDE: tl.constexpr = S if S >= 2 * M else 2 * S
-        wide = tl.arange(0, WIDE)
         dz_small = tl.load(
-            dz_next_ptr + (NEXT_CARRY + wide)[None, None, :], mask=stays & (wide < 2 * M)[None, None, :], other=0.0
+            dz_next_ptr + (NEXT_CARRY + s)[None, None, :], mask=stays & (s < 2 * M)[None, None, :], other=0.0
         )
         dz_small = to_rows(dz_small, TOKENS, N)
         if NEXT_CARRY:
@@ -254,9 +251,7 @@ def batched_stream(
             if NEXT_CARRY:
                 w_mask = here if N == NEXT_CARRY else here & (tl.arange(0, N) < NEXT_CARRY)[:, None]
                 w_carry = tl.load(w_place + tl.arange(0, N)[:, None] * E, mask=w_mask, other=0.0)
-            w_small = tl.load(
-                w_place + (NEXT_CARRY + wide)[:, None] * E, mask=here & (wide < 2 * M)[:, None], other=0.0
-            )
+            w_small = tl.load(w_place + (NEXT_CARRY + s)[:, None] * E, mask=here & (s < 2 * M)[:, None], other=0.0)
         if HAS_DOUT:
             dout = tl.load(dout_ptr + state + b, mask=stays & inside, other=0.0)
         h = tl.load(h_ptr + state + b, mask=stays & inside, other=0.0)

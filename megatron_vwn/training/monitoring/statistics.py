@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vwn.modules.connection import Connection
-from megatron_vwn.ops import ConnectionParameters, eager
+from megatron_vwn.ops import eager
 from megatron_vwn.ops.parameters import initial_pattern
 from megatron_vwn.parallel.partition import StreamPartition
 from megatron_vwn.training.monitoring.snapshot import SATURATED, Place
@@ -61,18 +61,12 @@ def observe(connection: Connection, hidden_states: Tensor) -> Observation:
         gram_NN += (part_TNE @ part_TNE.mT).sum(0, dtype=torch.float64)
         if p.dynamic:
             logits_TNK, _ = eager.logits(part_TNE, p)
-            part_TNK = eager.coefficients(logits_TNK, p, dtype) - constant_NK
+            gate_TNK = eager.gate(logits_TNK, p)
+            part_TNK = eager.coefficients(gate_TNK, p, dtype) - constant_NK
             dynamic_NK += part_TNK.sum(0, dtype=torch.float64)
             squares_NK += part_TNK.square().sum(0, dtype=torch.float64)
-            numbers[1] += (gates(logits_TNK, p).abs() > SATURATED).sum()
+            numbers[1] += (gate_TNK.abs() > SATURATED).sum()
     return Observation(torch.cat([numbers, dynamic_NK.flatten(), squares_NK.flatten()]), gram_NN, static_NK)
-
-
-def gates(logits_TNK: Tensor, p: ConnectionParameters) -> Tensor:
-    """tanh(z), or 2 sigmoid(S z) - 1, of every coefficient of a dynamic connection, [T, N, K]."""
-    if p.gate == "tanh":
-        return torch.tanh(logits_TNK)
-    return torch.tanh(0.5 * (1 + p.scale_NK.to(logits_TNK.dtype)) * logits_TNK)
 
 
 def total_over_tokens(
