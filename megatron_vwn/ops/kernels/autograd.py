@@ -5,7 +5,7 @@ gradient of its COEFFICIENTS into the slot of the logits' gradient, and the make
 on to the logits, the routing, the scale and W. A static connection has no gates, and each operation its own part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,31 +20,30 @@ from megatron_vwn.ops.kernels import (
     wide_backward,
     wide_forward,
 )
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.geometry import MAX_BATCHED, MAX_SMALL
 from megatron_vwn.ops.kernels.sums import routing_gradients
 from megatron_vwn.ops.kernels.tables import Prepared, prepare
 from megatron_vwn.ops.kernels.weight import weight_gradients
 from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
-_PARAMETERS = ("routing_NK", "scale_NK", "weight_EK", "norm_E")
-
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
     """X = A_read^T H, [T, D] in the dtype of h, and the gates of h; None for a static connection."""
-    x_TME, *gates = _Read.apply(p, h_TNE, *_tensors(p))
+    x_TME, *gates = _Read.apply(p, h_TNE, *p.learned)
     return x_TME.flatten(1), Gates(*gates) if p.dynamic else None
 
 
 def write(h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters) -> Tensor:
     """H' = B^T Y + A_carry^T H: [T, N, E] in the dtype of h, whose gates are given."""
-    return _Write.apply(p, h_TNE, y_TD, _logits(gates), *_tensors(p))
+    return _Write.apply(p, h_TNE, y_TD, _logits(gates), *p.learned)
 
 
 def write_read(
     h_TNE: Tensor, y_TD: Tensor, gates: Gates | None, p: ConnectionParameters, p_next: ConnectionParameters
 ) -> tuple[Tensor, Tensor, Gates | None]:
     """The write of one connection and the read of the next: H', X [T, D] and the gates of H' for p_next."""
-    out_TNE, x_TME, *made = _WriteRead.apply(p, p_next, h_TNE, y_TD, _logits(gates), *_tensors(p), *_tensors(p_next))
+    out_TNE, x_TME, *made = _WriteRead.apply(p, p_next, h_TNE, y_TD, _logits(gates), *p.learned, *p_next.learned)
     return out_TNE, x_TME.flatten(1), Gates(*made) if p_next.dynamic else None
 
 
@@ -52,28 +51,14 @@ def _logits(gates: Gates | None) -> Tensor | None:
     return None if gates is None else gates.logits_TNK
 
 
-def _tensors(p: ConnectionParameters) -> tuple[Tensor | None, ...]:
-    return tuple(getattr(p, name) for name in _PARAMETERS)
-
-
-def _with(p: ConnectionParameters, tensors: Sequence[Tensor | None]) -> ConnectionParameters:
-    """The connection with the tensors that autograd saved of it, and knows to be unchanged."""
-    return p._replace(**dict(zip(_PARAMETERS, tensors, strict=True)))
-
-
-def _without_tensors(p: ConnectionParameters) -> ConnectionParameters:
-    """For ctx, which must not hold what ``save_for_backward`` does."""
-    return _with(p, [None] * len(_PARAMETERS))
-
-
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p: ConnectionParameters, h_TNE: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         h_TNE = h_TNE.contiguous()
         q = prepare(p, h_TNE.dtype)
-        _, x_TME, z_TNK, inverse_rms_TN = _family(p.n).forward(h_TNE, None, None, None, q)
+        _, x_TME, z_TNK, inverse_rms_TN = _family(p.n).forward(Boundary(h_TNE, q=q))
         _keep(ctx, z_TNK, inverse_rms_TN)
-        ctx.p = _without_tensors(p)
+        ctx.p = p.without_learned()
         ctx.save_for_backward(h_TNE, z_TNK, inverse_rms_TN, *tensors)
         return _made(x_TME, z_TNK, inverse_rms_TN)
 
@@ -81,10 +66,11 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx_TME: Tensor | None, dc_TNK: Tensor | None = None, _=None):
         h_TNE, z_TNK, inverse_rms_TN, *tensors = ctx.saved_tensors
-        p = _with(ctx.p, tensors)
+        p = ctx.p.with_learned(tensors)
         q, dx_TME = prepare(p, h_TNE.dtype), _segments(dx_TME, h_TNE, p.m)
+        given = {"z_next_TNK": z_TNK, "inverse_rms_TN": inverse_rms_TN, "dx_TME": dx_TME}
         dh_TNE, _, _, dz_TNK, dc_TNK = _family(p.n).backward(
-            h_TNE, None, None, None, h_TNE, z_TNK, inverse_rms_TN, q, None, dx_TME, _contiguous(dc_TNK)
+            Boundary(h_TNE, q=q, **given, dc_next_TNK=_contiguous(dc_TNK))
         )
         return None, dh_TNE, *_reader_gradients(p, q, h_TNE, z_TNK, dz_TNK, dc_TNK)
 
@@ -95,8 +81,9 @@ class _Write(torch.autograd.Function):
         ctx, p: ConnectionParameters, h_TNE: Tensor, y_TD: Tensor, z_TNK: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
         h_TNE, y_TD = h_TNE.contiguous(), y_TD.contiguous()
-        out_TNE, _, _, _ = _family(p.n).forward(h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, prepare(p, None), None)
-        ctx.p = _without_tensors(p)
+        written = Boundary(h_TNE, prepare(p, None), y_TME=_segments(y_TD, h_TNE, p.m), z_TNK=z_TNK)
+        out_TNE, _, _, _ = _family(p.n).forward(written)
+        ctx.p = p.without_learned()
         ctx.save_for_backward(h_TNE, y_TD, z_TNK, *tensors)
         return out_TNE
 
@@ -104,21 +91,10 @@ class _Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_TNE: Tensor):
         h_TNE, y_TD, z_TNK, *tensors = ctx.saved_tensors
-        p = _with(ctx.p, tensors)
+        p = ctx.p.with_learned(tensors)
         written = prepare(p, None)
-        dh_TNE, dy_TME, dc_TNK, _, _ = _family(p.n).backward(
-            h_TNE,
-            _segments(y_TD, h_TNE, p.m),
-            z_TNK,
-            written,
-            None,
-            None,
-            None,
-            None,
-            dout_TNE.contiguous(),
-            None,
-            None,
-        )
+        given = {"y_TME": _segments(y_TD, h_TNE, p.m), "z_TNK": z_TNK, "dout_TNE": dout_TNE.contiguous()}
+        dh_TNE, dy_TME, dc_TNK, _, _ = _family(p.n).backward(Boundary(h_TNE, written, **given))
         return None, dh_TNE, dy_TME.flatten(1), *_writer_gradients(written, dc_TNK)
 
 
@@ -129,11 +105,12 @@ class _WriteRead(torch.autograd.Function):
         h_TNE: Tensor, y_TD: Tensor, z_TNK: Tensor | None, *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         h_TNE, y_TD = h_TNE.contiguous(), y_TD.contiguous()
+        connections = prepare(p, None), prepare(p_next, h_TNE.dtype)
         out_TNE, x_TME, z_next_TNK, inverse_rms_TN = _family(p.n).forward(
-            h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, prepare(p, None), prepare(p_next, h_TNE.dtype)
+            Boundary(h_TNE, *connections, _segments(y_TD, h_TNE, p.m), z_TNK)
         )
         _keep(ctx, z_next_TNK, inverse_rms_TN)
-        ctx.p, ctx.p_next = _without_tensors(p), _without_tensors(p_next)
+        ctx.p, ctx.p_next = p.without_learned(), p_next.without_learned()
         ctx.save_for_backward(h_TNE, y_TD, z_TNK, out_TNE, z_next_TNK, inverse_rms_TN, *tensors)
         return out_TNE, *_made(x_TME, z_next_TNK, inverse_rms_TN)
 
@@ -141,13 +118,23 @@ class _WriteRead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_TNE: Tensor | None, dx_TME: Tensor | None, dc_next_TNK: Tensor | None = None, _=None):
         h_TNE, y_TD, z_TNK, out_TNE, z_next_TNK, inverse_rms_TN, *tensors = ctx.saved_tensors
-        p, p_next = _with(ctx.p, tensors[:4]), _with(ctx.p_next, tensors[4:])
+        p, p_next = ctx.p.with_learned(tensors[:4]), ctx.p_next.with_learned(tensors[4:])
         written, q = prepare(p, None), prepare(p_next, h_TNE.dtype)
         dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK = _family(p.n).backward(
-            h_TNE, _segments(y_TD, h_TNE, p.m), z_TNK, written, out_TNE, z_next_TNK, inverse_rms_TN, q,
-            torch.zeros_like(out_TNE) if dout_TNE is None else dout_TNE.contiguous(),
-            _segments(dx_TME, h_TNE, p.m), _contiguous(dc_next_TNK),
-        )  # fmt: skip
+            Boundary(
+                h_TNE,
+                written,
+                q,
+                _segments(y_TD, h_TNE, p.m),
+                z_TNK,
+                out_TNE=out_TNE,
+                z_next_TNK=z_next_TNK,
+                inverse_rms_TN=inverse_rms_TN,
+                dout_TNE=_contiguous(dout_TNE),
+                dx_TME=_segments(dx_TME, h_TNE, p.m),
+                dc_next_TNK=_contiguous(dc_next_TNK),
+            )
+        )
         return (
             None, None, dh_TNE, dy_TME.flatten(1), *_writer_gradients(written, dc_TNK),
             *_reader_gradients(p_next, q, out_TNE, z_next_TNK, dz_next_TNK, dc_next_TNK),
@@ -155,7 +142,7 @@ class _WriteRead(torch.autograd.Function):
 
 
 class _Family(NamedTuple):
-    """The kernels for some numbers of segments; all families have the same two functions."""
+    """The kernels for some numbers of segments; ``boundary`` has what both functions take."""
 
     forward: Callable
     backward: Callable

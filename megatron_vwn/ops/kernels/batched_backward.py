@@ -20,55 +20,36 @@ from megatron_vwn.ops.kernels.batched import (
     to_rows,
     with_pattern,
 )
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.device import deviation_backward
 from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
-from megatron_vwn.ops.kernels.tables import Prepared
 
 
-def backward(
-    h_TNE: Tensor | None,
-    y_TME: Tensor | None,
-    z_TNK: Tensor | None,
-    p: Prepared | None,
-    out_TNE: Tensor | None,
-    z_next_TNK: Tensor | None,
-    inverse_rms_TN: Tensor | None,
-    q: Prepared | None,
-    dout_TNE: Tensor | None,
-    dx_TME: Tensor | None,
-    dc_next_TNK: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dH, dY, dC of p, dz and dC of q; without p, dH is the gradient of what was read, out_TNE.
-
-    dC of p has its carry and write columns alone, which is what dC of q must come with, where there is one; its read
-    columns are filled in place.
-    """
-    state_TNE = out_TNE if q else h_TNE
-    tokens, n, e = state_TNE.shape
-    new = state_TNE.new_empty
-    dz_next_TNK = shrink_TN = None
+def backward(b: Boundary) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``boundary``."""
+    p, q, dc_next_TNK, shrink_TN = b.p, b.q, b.dc_next_TNK, None
+    tokens, n, e = b.h_TNE.shape
+    dh_TNE, dy_TME, dc_TNK, dz_next_TNK = b.gradients()
     if q:
-        size = tile("batched_gates", n, state_TNE.device).fit(e, state_TNE.dtype)
-        has_dc = dc_next_TNK is not None
-        dc_next_TNK = dc_next_TNK if has_dc else new(tokens, n, q.columns)
+        size = tile("batched_gates", n, b.h_TNE.device).fit(e, b.h_TNE.dtype)
+        if dc_next_TNK is None:
+            dc_next_TNK = b.h_TNE.new_empty(tokens, n, q.columns)
         if q.dynamic:
-            dz_next_TNK, shrink_TN = new(tokens, n, q.columns), new(tokens, n, dtype=torch.float32)
+            shrink_TN = torch.empty_like(b.inverse_rms_TN)
         launch(
             batched_gates, triton.cdiv(tokens, size.tokens), size,
-            out_TNE, dx_TME, z_next_TNK, inverse_rms_TN, q.routing_NK, q.scale_NK, dc_next_TNK, dz_next_TNK, shrink_TN,
-            tokens, **constants(None, q, e, size), HAS_DC=has_dc,
+            b.read_TNE, b.dx_TME, b.z_next_TNK, b.inverse_rms_TN, q.routing_NK, q.scale_NK,
+            dc_next_TNK, dz_next_TNK, shrink_TN, tokens, **constants(None, q, e, size),
+            HAS_DC=b.dc_next_TNK is not None,
         )  # fmt: skip
-    size = tile("batched_stream", n, state_TNE.device).fit(e, state_TNE.dtype)
-    dh_TNE = torch.empty_like(state_TNE)
-    dy_TME = torch.empty_like(y_TME) if p else None
-    dc_TNK = new(tokens, n, p.columns) if p else None
+    size = tile("batched_stream", n, b.h_TNE.device).fit(e, b.h_TNE.dtype)
     launch(
         batched_stream, triton.cdiv(tokens, size.tokens), size,
-        h_TNE if p else out_TNE, y_TME, z_TNK, *((p.routing_NK, p.scale_NK) if p else (None, None)),
-        z_next_TNK, *((q.weight_KE, q.routing_NK, q.scale_NK) if q else (None, None, None)),
-        dz_next_TNK, shrink_TN, dx_TME, dout_TNE, dh_TNE, dy_TME, dc_TNK, tokens,
-        **constants(p, q, e, size), HAS_DOUT=dout_TNE is not None,
+        b.h_TNE, b.y_TME, b.z_TNK, p and p.routing_NK, p and p.scale_NK,
+        b.z_next_TNK, q and q.weight_KE, q and q.routing_NK, q and q.scale_NK,
+        dz_next_TNK, shrink_TN, b.dx_TME, b.dout_TNE, dh_TNE, dy_TME, dc_TNK, tokens,
+        **constants(p, q, e, size), HAS_DOUT=b.dout_TNE is not None,
     )  # fmt: skip
     return dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK
 

@@ -1,6 +1,5 @@
 """Forward of a connection with 8 < n <= 32: write, read, or both at once. See ``batched`` for how."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,28 +11,22 @@ from megatron_vwn.ops.kernels.batched import (
     to_rows,
     with_pattern,
 )
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.device import deviation
 from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
-from megatron_vwn.ops.kernels.tables import Prepared
 
 
-def forward(
-    h_TNE: Tensor, y_TME: Tensor | None, z_TNK: Tensor | None, p: Prepared | None, q: Prepared | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """H' of the connection p; of q, which reads it, X, the logits and 1/rms of the segments. Without p, H is read."""
-    tokens, n, e = h_TNE.shape
-    size = tile("batched_forward", n, h_TNE.device).fit(e, h_TNE.dtype)
-    dynamic = q is not None and q.dynamic
-    out_TNE = torch.empty_like(h_TNE) if p else None
-    x_TME = h_TNE.new_empty(tokens, q.m, e) if q else None
-    z_next_TNK = h_TNE.new_empty(tokens, n, q.columns) if dynamic else None
-    inverse_rms_TN = h_TNE.new_empty(tokens, n, dtype=torch.float32) if dynamic else None
+def forward(b: Boundary) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``boundary``."""
+    p, q, tokens, e = b.p, b.q, b.h_TNE.shape[0], b.h_TNE.shape[-1]
+    size = tile("batched_forward", b.h_TNE.shape[1], b.h_TNE.device).fit(e, b.h_TNE.dtype)
+    out_TNE, x_TME, z_next_TNK, inverse_rms_TN = b.made()
     launch(
         batched_forward, triton.cdiv(tokens, size.tokens), size,
-        h_TNE, y_TME, z_TNK, *((p.routing_NK, p.scale_NK) if p else (None, None)),
-        *((q.weight_KE, q.routing_NK, q.scale_NK) if q else (None, None, None)),
-        out_TNE if p else h_TNE, x_TME, z_next_TNK, inverse_rms_TN, tokens, q.eps if q else 0.0,
+        b.h_TNE, b.y_TME, b.z_TNK, p and p.routing_NK, p and p.scale_NK,
+        q and q.weight_KE, q and q.routing_NK, q and q.scale_NK,
+        out_TNE if p else b.h_TNE, x_TME, z_next_TNK, inverse_rms_TN, tokens, q.eps if q else 0.0,
         **constants(p, q, e, size), B2=size.second_channels, STAGES2=size.second_stages,
     )  # fmt: skip
     return out_TNE, x_TME, z_next_TNK, inverse_rms_TN

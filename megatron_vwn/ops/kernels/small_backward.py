@@ -13,15 +13,14 @@ this one.
 """
 # ruff: noqa: RUF005  (Triton adds tuples, but knows no starred expressions)
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.device import deviation_backward
 from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
-from megatron_vwn.ops.kernels.tables import Prepared
 from megatron_vwn.ops.kernels.vectors import (
     WARP,
     add_product,
@@ -279,51 +278,28 @@ def small_backward(
             tl.store(dc_ptr + i * K + column, row.to(dc_ptr.dtype.element_ty), mask=column < S)
 
 
-def backward(
-    h_TNE: Tensor,
-    y_TME: Tensor | None,
-    z_TNK: Tensor | None,
-    p: Prepared | None,
-    out_TNE: Tensor | None,
-    z_next_TNK: Tensor | None,
-    inverse_rms_TN: Tensor | None,
-    q: Prepared | None,
-    dout_TNE: Tensor | None,
-    dx_TME: Tensor | None,
-    dc_next_TNK: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dH [T, N, E], dY [T, M, E], dc, the next connection's dz, and its dc with the read columns, all [T, N, K].
-
-    Args:
-        h_TNE, y_TME, z_TNK, p: as given to ``forward``; for a read, ``h_TNE`` is the state that is read.
-        out_TNE, z_next_TNK, inverse_rms_TN, q: what ``forward`` gave, and the next connection; None for a write.
-        dout_TNE: the gradient of H' but for the read's part; None is zero.
-        dx_TME: the gradient of X; None for a write.
-        dc_next_TNK: the gradient of the next connection's carry and write coefficients; None is zero.
-    """
-    t, n, e = h_TNE.shape
+def backward(b: Boundary) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``boundary``."""
+    p, q = b.p, b.q
+    tokens, n, e = b.h_TNE.shape
     m = (p or q).m
-    state = h_TNE if p is None else out_TNE
     dynamic_next = q is not None and q.dynamic
-    dh = torch.empty_like(h_TNE)
-    dy = None if p is None else torch.empty_like(y_TME)
-    dc = None if p is None else h_TNE.new_empty(t, n, p.columns)
-    dc_next = None if q is None else h_TNE.new_empty(t, n, q.columns)
-    dz_next = h_TNE.new_empty(t, n, q.columns) if dynamic_next else None
+    dh_TNE, dy_TME, dc_TNK, dz_next_TNK = b.gradients()
+    dc_next_TNK = b.h_TNE.new_empty(tokens, n, q.columns) if q else None
     columns = q.columns if dynamic_next else 0
     written = 2 * n * (p.columns - m) if p else 0
     fused = p is not None and q is not None and written + n * (m + columns + 1) <= _FUSED_NUMBERS
-    geometry = tile("small_backward", n, h_TNE.device)
+    geometry = tile("small_backward", n, b.h_TNE.device)
     launch(
-        small_backward, t, geometry,
-        dh, h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK, state, z_next_TNK, inverse_rms_TN,
-        q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dout_TNE, dx_TME, dc_next_TNK, dy, dc, dz_next,
-        dc_next,
+        small_backward, tokens, geometry,
+        dh_TNE, b.h_TNE, b.y_TME, b.z_TNK, p and p.routing_NK, p and p.scale_NK, b.read_TNE if q else None,
+        b.z_next_TNK, b.inverse_rms_TN, q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, b.dout_TNE, b.dx_TME,
+        b.dc_next_TNK, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK,
         M=m, N=n, C=p.num_carry if p else 0, C_NEXT=q.num_carry if q else 0, E=e,
-        LANES=WARP * geometry.warps, V=vector_width(geometry, h_TNE),
+        LANES=WARP * geometry.warps, V=vector_width(geometry, b.h_TNE),
         GROUP=group_size(n, m + columns + 1, _READ_NUMBERS), WRITE=p is not None, READ=q is not None,
         FUSED=fused, SPLIT=written > _WRITE_NUMBERS,
         DYNAMIC=p is not None and p.dynamic, SIGMOID=p is not None and p.sigmoid,
         DYNAMIC_NEXT=dynamic_next, SIGMOID_NEXT=q is not None and q.sigmoid,
     )  # fmt: skip
-    return dh, dy, dc, dz_next, dc_next
+    return dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK

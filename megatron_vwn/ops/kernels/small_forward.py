@@ -12,14 +12,13 @@ registers. ``device`` has the order of columns, ``vectors`` how a token lies in 
 """
 # ruff: noqa: RUF005  (Triton adds tuples, but knows no starred expressions)
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
-from megatron_vwn.ops.kernels.tables import Prepared
 from megatron_vwn.ops.kernels.vectors import (
     WARP,
     add_product,
@@ -161,36 +160,24 @@ def small_forward(
                 tl.store(x_ptr + i * E + place, combine(state, read, i, M, N).to(x_ptr.dtype.element_ty), mask=exists)
 
 
-def forward(
-    h_TNE: Tensor, y_TME: Tensor | None, z_TNK: Tensor | None, p: Prepared | None, q: Prepared | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """H' [T, N, E], X [T, M, E], the next connection's logits [T, N, K] and 1 / rms [T, N]; None for what there is not.
-
-    Args:
-        h_TNE: the state; for a read alone, the one that is read.
-        y_TME: the sublayer's output; None for a read.
-        z_TNK: this connection's logits; None where it is static, and for a read.
-        p: this connection; None for a read.
-        q: the next connection, whose X is wanted; None for a write.
-    """
-    t, n, e = h_TNE.shape
+def forward(b: Boundary) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``boundary``."""
+    p, q = b.p, b.q
+    tokens, n, e = b.h_TNE.shape
     m = (p or q).m
     dynamic_next = q is not None and q.dynamic
-    out = h_TNE if p is None else h_TNE.new_empty(t, n, e)
-    x = None if q is None else h_TNE.new_empty(t, m, e)
-    z_next = h_TNE.new_empty(t, n, q.columns) if dynamic_next else None
-    inverse_rms = h_TNE.new_empty(t, n, dtype=torch.float32) if dynamic_next else None
+    out_TNE, x_TME, z_next_TNK, inverse_rms_TN = b.made()
     columns = q.columns if dynamic_next else 0
     numbers = (p.columns - m if p else 0) + (columns + 1 if dynamic_next else 0)
-    geometry = tile("small_forward", n, h_TNE.device)
+    geometry = tile("small_forward", n, b.h_TNE.device)
     launch(
-        small_forward, t, geometry,
-        h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK, q and q.weight_KE, q and q.routing_NK,
-        q and q.scale_NK, out, x, z_next, inverse_rms, q.eps if q else 0.0,
+        small_forward, tokens, geometry,
+        b.h_TNE, b.y_TME, b.z_TNK, p and p.routing_NK, p and p.scale_NK, q and q.weight_KE, q and q.routing_NK,
+        q and q.scale_NK, out_TNE if p else b.h_TNE, x_TME, z_next_TNK, inverse_rms_TN, q.eps if q else 0.0,
         M=m, N=n, C=p.num_carry if p else 0, C_NEXT=q.num_carry if q else 0, E=e,
-        LANES=WARP * geometry.warps, V=vector_width(geometry, h_TNE),
+        LANES=WARP * geometry.warps, V=vector_width(geometry, b.h_TNE),
         GROUP=group_size(n, numbers, _NUMBERS - 3 * columns), WRITE=p is not None, READ=q is not None,
         DYNAMIC=p is not None and p.dynamic, SIGMOID=p is not None and p.sigmoid,
         DYNAMIC_NEXT=dynamic_next, SIGMOID_NEXT=q is not None and q.sigmoid,
     )  # fmt: skip
-    return None if p is None else out, x, z_next, inverse_rms
+    return out_TNE, x_TME, z_next_TNK, inverse_rms_TN

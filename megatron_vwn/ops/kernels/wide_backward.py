@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.device import deviation_backward
 from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
-from megatron_vwn.ops.kernels.tables import Prepared
 from megatron_vwn.ops.kernels.wide_factors import (
     Connection,
     carry_deviations,
@@ -30,50 +30,29 @@ from megatron_vwn.ops.kernels.wide_factors import (
 )
 
 
-def backward(
-    h_TNE: Tensor | None,
-    y_TME: Tensor | None,
-    z_TNK: Tensor | None,
-    p: Prepared | None,
-    out_TNE: Tensor | None,
-    z_next_TNK: Tensor | None,
-    inverse_rms_TN: Tensor | None,
-    q: Prepared | None,
-    dout_TNE: Tensor | None,
-    dx_TME: Tensor | None,
-    dc_next_TNK: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dH, dY, dC of p, dZ and dC of q; without p, dH is the gradient of what was read, out_TNE.
-
-    dC of p has its carry and write columns alone, which is what dC of q must come with, where there is one; its read
-    columns are filled in place.
-    """
-    state_TNE = h_TNE if p else out_TNE
-    tokens, n, e = state_TNE.shape
-    dh_TNE = torch.empty_like(state_TNE)
-    dy_TME = dc_TNK = dz_next_TNK = shrink_TN = None
-    if p:
-        dy_TME = torch.empty_like(y_TME)
-        dc_TNK = state_TNE.new_empty(tokens, n, p.columns)
+def backward(b: Boundary) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``boundary``."""
+    p, q, dc_next_TNK, shrink_TN = b.p, b.q, b.dc_next_TNK, None
+    tokens, n, e = b.h_TNE.shape
+    dh_TNE, dy_TME, dc_TNK, dz_next_TNK = b.gradients()
     if q:
         if dc_next_TNK is None:
-            dc_next_TNK = state_TNE.new_zeros(tokens, n, q.columns)
+            dc_next_TNK = b.h_TNE.new_zeros(tokens, n, q.columns)
         if q.dynamic:
-            dz_next_TNK = torch.empty_like(z_next_TNK)
-            shrink_TN = torch.empty_like(inverse_rms_TN)
-        size = tile("wide_gates", n, state_TNE.device).fit(e, state_TNE.dtype)
+            shrink_TN = torch.empty_like(b.inverse_rms_TN)
+        size = tile("wide_gates", n, b.h_TNE.device).fit(e, b.h_TNE.dtype)
         launch(
             wide_gates, tokens, size,
-            out_TNE, dx_TME, z_next_TNK, inverse_rms_TN, q.routing_NK, q.scale_NK,
+            b.read_TNE, b.dx_TME, b.z_next_TNK, b.inverse_rms_TN, q.routing_NK, q.scale_NK,
             dc_next_TNK, dz_next_TNK, shrink_TN,
             READ=Connection.of(q), E=e, B=size.channels, STAGES=size.stages,
         )  # fmt: skip
-    size = tile("wide_stream", n, state_TNE.device).fit(e, state_TNE.dtype)
+    size = tile("wide_stream", n, b.h_TNE.device).fit(e, b.h_TNE.dtype)
     launch(
         wide_stream, tokens, size,
-        state_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
-        z_next_TNK, q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dz_next_TNK, shrink_TN,
-        dx_TME, dout_TNE, dh_TNE, dy_TME, dc_TNK, e,
+        b.h_TNE, b.y_TME, b.z_TNK, p and p.routing_NK, p and p.scale_NK,
+        b.z_next_TNK, q and q.weight_KE, q and q.routing_NK, q and q.scale_NK, dz_next_TNK, shrink_TN,
+        b.dx_TME, b.dout_TNE, dh_TNE, dy_TME, dc_TNK, e,
         WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=size.channels, STAGES=size.stages,
     )  # fmt: skip
     return dh_TNE, dy_TME, dc_TNK, dz_next_TNK, dc_next_TNK

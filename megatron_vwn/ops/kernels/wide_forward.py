@@ -4,14 +4,13 @@ Two walks over E. The first makes H' = B^T Y + A_carry^T H and the logits of the
 channels of a segment; the second makes X = A_read^T H' and finds H' in a cache.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vwn.ops.kernels.boundary import Boundary
 from megatron_vwn.ops.kernels.geometry import tile
 from megatron_vwn.ops.kernels.launch import launch
-from megatron_vwn.ops.kernels.tables import Prepared
 from megatron_vwn.ops.kernels.wide_factors import (
     Connection,
     carry_deviations,
@@ -22,27 +21,15 @@ from megatron_vwn.ops.kernels.wide_factors import (
 )
 
 
-def forward(
-    h_TNE: Tensor, y_TME: Tensor | None, z_TNK: Tensor | None, p: Prepared | None, q: Prepared | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The write of p and the read of q: H', X, and the logits and 1/rms of q.
-
-    A write alone has no q, X and logits; a read alone has no y, p and H', and h is what it reads. A static q has no
-    logits.
-    """
-    tokens, n, e = h_TNE.shape
-    out_TNE = x_TME = z_next_TNK = inverse_rms_TN = None
-    if p:
-        out_TNE = torch.empty_like(h_TNE)
-    if q:
-        x_TME = h_TNE.new_empty(tokens, q.m, e)
-        if q.dynamic:
-            z_next_TNK = h_TNE.new_empty(tokens, n, q.columns)
-            inverse_rms_TN = h_TNE.new_empty(tokens, n, dtype=torch.float32)
-    size = tile("wide_forward", n, h_TNE.device).fit(e, h_TNE.dtype)
+def forward(b: Boundary) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``boundary``."""
+    p, q = b.p, b.q
+    tokens, n, e = b.h_TNE.shape
+    out_TNE, x_TME, z_next_TNK, inverse_rms_TN = b.made()
+    size = tile("wide_forward", n, b.h_TNE.device).fit(e, b.h_TNE.dtype)
     launch(
         wide_forward, tokens, size,
-        h_TNE, y_TME, z_TNK, p and p.routing_NK, p and p.scale_NK,
+        b.h_TNE, b.y_TME, b.z_TNK, p and p.routing_NK, p and p.scale_NK,
         q and q.weight_KE, q and q.routing_NK, q and q.scale_NK,
         out_TNE, x_TME, z_next_TNK, inverse_rms_TN, q.eps if q else 0.0, e,
         WRITE=Connection.of(p), READ=Connection.of(q), E=e, B=size.channels, B2=size.second_channels,
