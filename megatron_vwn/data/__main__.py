@@ -1,4 +1,4 @@
-"""vwn-prepare-data: text or JSONL to the .bin/.idx data sets that Megatron trains on.
+"""vwn-prepare-data: text, JSON lines or Parquet to the .bin/.idx data sets that Megatron trains on.
 
 Documents are read, tokenised in worker processes, given an end-of-document token and written in their order, so the
 result does not depend on the number of workers. Everything is written to a hidden folder and moved to its final names
@@ -9,7 +9,6 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -18,10 +17,13 @@ from tqdm import tqdm
 from megatron_vwn.atomic import publish, staging_folder
 from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.data import tokenizer as _tokenizer
-from megatron_vwn.data.documents import Format, find_files, is_held_out, read_batches
+from megatron_vwn.data.apart import call_apart
+from megatron_vwn.data.documents import Format, read_batches
 from megatron_vwn.data.encode import EncoderSettings, encode_batches
+from megatron_vwn.data.files import find_corpus
 from megatron_vwn.data.indexed import Description, default_index_cache
+from megatron_vwn.data.tokenizer import load, save
+from megatron_vwn.data.train_tokenizer import MAX_WORD_BYTES, SMALLEST_VOCABULARY, Trained, train_tokenizer
 from megatron_vwn.data.writer import DatasetWriter
 
 PROGRAM = "vwn-prepare-data"
@@ -29,13 +31,16 @@ EPILOG = """\
 inputs
   .txt                one document per file, or several with a form feed between them (--document-separator).
                       Line breaks at both ends of a document are dropped.
-  .jsonl, .ndjson     one JSON object per line, the text under --json-key.
-  .gz .xz .bz2        any of these, compressed.
-  a folder            every such file under it, in the order of their paths.
+  .jsonl, .ndjson     one JSON object per line, the text under --json-key; also .json, if every line is an object.
+  .gz .xz .bz2 .zst   any of these, compressed.
+  .parquet            one document per row, the text in the column --json-key.
+  a folder            every such file under it, in the order of their paths, behind links as well. What is left out is
+                      said, and what is named twice is read once.
+  .zst and .parquet need pyarrow: pip install 'megatron_vwn[data]'.
 
 outputs
   PREFIX.bin, PREFIX.idx, PREFIX.json; with --validation-fraction PREFIX_train.* and PREFIX_valid.*
-  PREFIX_tokenizer/   with --train-tokenizer
+  PREFIX_tokenizer/   with --train-tokenizer; words of more than 1,000 bytes are learnt from in pieces
 
 example
   vwn-prepare-data corpus/ --train-tokenizer 32000 --validation-fraction 0.01 --output data/corpus
@@ -53,11 +58,11 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Tokenise text or JSONL into the .bin/.idx data sets that Megatron trains on.",
+        description="Tokenise text, JSON lines or Parquet into the .bin/.idx data sets that Megatron trains on.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text or JSONL files, or folders of them")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders of them")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the results without suffix")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder of a fast tokenizer")
@@ -71,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--validation-fraction", type=float, default=0.0, metavar="F", help="hold out this share of documents"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="default: %(default)s")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="of the text (default: %(default)s)")
     parser.add_argument(
         "--document-separator",
         default=r"\f",
@@ -88,13 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     try:
         _prepare(arguments)
-    except OSError as error:  # a file that cannot be read, a full disk: the error names it
-        raise VirtualWidthError(str(error)) from error
+    except OSError as error:  # a folder that cannot be read or written, a full disk
+        where = "" if error.filename else f"{arguments.output}: "
+        raise VirtualWidthError(f"{where}{error}") from error
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     form = _check_arguments(arguments)
-    files = find_files(arguments.inputs)
+    files, notes = find_corpus(arguments.inputs, form.json_key)
     output = Path(arguments.output)
     suffixes = ("_train", "_valid") if arguments.validation_fraction else ("",)
     names = [output.name + suffix for suffix in suffixes]
@@ -105,19 +111,24 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if existing and not arguments.overwrite:
         raise VirtualWidthError(f"{existing[0]} exists: choose another --output or add --overwrite.")
 
+    for note in notes:
+        print(f"{note}.", flush=True)
+    tokenizer = None if arguments.tokenizer is None else load(Path(arguments.tokenizer))
+    trained = None
     with staging_folder(output) as staging:
-        tokenizer_folder = Path(arguments.tokenizer or staging / f"{output.name}_tokenizer")
-        if arguments.train_tokenizer:
-            texts = _training_texts(files, form, arguments.validation_fraction, arguments.seed)
-            _tokenizer.save(_tokenizer.train(texts, arguments.train_tokenizer), tokenizer_folder)
-        settings = EncoderSettings(tokenizer_folder, form.json_key, arguments.validation_fraction, arguments.seed)
+        if tokenizer is None:
+            trained = _train(files, form, arguments)
+            folder = staging / f"{output.name}_tokenizer"
+            save(trained.json, folder)
+            tokenizer = load(folder)
+        settings = EncoderSettings(tokenizer, form.json_key, arguments.validation_fraction, arguments.seed)
         writers, empty = _tokenise(files, form, settings, arguments.workers, [staging / name for name in names])
         written = {writer.path.name: (writer.finish(), writer.dtype.__name__) for writer in writers}
         for name in names:
             # Megatron would go on using sample indices of the data that is replaced here.
             shutil.rmtree(default_index_cache(str(output.with_name(name))), ignore_errors=True)
         publish(staging, output.parent)
-    _summarise(output, written, empty, arguments.train_tokenizer)
+    _summarise(output, written, empty, trained, arguments.train_tokenizer)
 
 
 def _check_arguments(arguments: argparse.Namespace) -> Format:
@@ -127,10 +138,10 @@ def _check_arguments(arguments: argparse.Namespace) -> Format:
         raise VirtualWidthError(
             f"--validation-fraction is {arguments.validation_fraction}: give a share from 0 to below 1."
         )
-    if arguments.train_tokenizer is not None and arguments.train_tokenizer < _tokenizer.SMALLEST_VOCABULARY:
+    if arguments.train_tokenizer is not None and arguments.train_tokenizer < SMALLEST_VOCABULARY:
         raise VirtualWidthError(
             f"--train-tokenizer {arguments.train_tokenizer} is too small: 256 bytes and 2 special tokens need at least "
-            f"{_tokenizer.SMALLEST_VOCABULARY}."
+            f"{SMALLEST_VOCABULARY}."
         )
     if not Path(arguments.output).name:
         raise VirtualWidthError(f"--output {arguments.output} is no prefix: end it with a name, as in data/corpus.")
@@ -152,15 +163,17 @@ def _progress(files: list[Path], task: str) -> tqdm:
     return tqdm(total=total, desc=task, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def _training_texts(files: list[Path], form: Format, held_out_fraction: float, seed: int) -> Iterator[str]:
-    """The documents a tokenizer may learn from: held-out text must not shape the vocabulary it is measured with."""
+def _train(files: list[Path], form: Format, arguments: argparse.Namespace) -> Trained:
+    split = arguments.validation_fraction, arguments.seed
     with _progress(files, "tokenizer") as progress:
-        for batch in read_batches(files, form):
-            for record in batch.records:
-                text = record.text(form.json_key)
-                if text.strip() and not is_held_out(text, held_out_fraction, seed):
-                    yield text
-            progress.update(batch.bytes_read)
+        return call_apart(
+            train_tokenizer,
+            files,
+            form,
+            *split,
+            arguments.train_tokenizer,
+            progress=lambda count: progress.update(count),
+        )
 
 
 def _tokenise(
@@ -175,8 +188,7 @@ def _tokenise(
     ):
         for batch in batches:
             if not writers:  # with the first result, not before: the workers are busy while Megatron is imported
-                tokenizer = _tokenizer.load(settings.tokenizer)
-                writers = [DatasetWriter(path, tokenizer) for path in paths]
+                writers = [DatasetWriter(path, settings.tokenizer) for path in paths]
             for document in batch.documents:
                 writers[document.held_out].add(document)
             empty += batch.empty
@@ -193,15 +205,19 @@ def _tokenise(
     return writers, empty
 
 
-def _summarise(output: Path, written: dict[str, tuple[Description, str]], empty: int, asked: int | None) -> None:
+def _summarise(
+    output: Path, written: dict[str, tuple[Description, str]], empty: int, trained: Trained | None, asked: int | None
+) -> None:
     for name, (facts, dtype) in written.items():
         print(
             f"{output.with_name(name)}.{{bin,idx,json}}: {facts.documents:,} documents, {facts.tokens:,} tokens "
             f"({dtype}), {facts.bytes_per_token:.3f} bytes per token"
         )
-    if asked:
+    if trained is not None:
         short = f" of {asked:,} asked for: the text has no more pairs to merge" if facts.vocabulary_size < asked else ""
         print(f"{output.with_name(f'{output.name}_tokenizer')}: {facts.vocabulary_size:,} tokens{short}")
+        if trained.long_words:
+            print(f"words of more than {MAX_WORD_BYTES:,} bytes, learnt from in pieces: {trained.long_words:,}")
     if empty:
         print(f"{empty:,} empty documents were dropped")
 

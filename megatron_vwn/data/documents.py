@@ -1,34 +1,31 @@
-"""Documents out of text and JSONL files, compressed or not, in bounded memory.
+"""Documents out of text, JSON lines and Parquet files, compressed or not, in bounded memory.
 
 Reading is cut in two so that the reader is never the bottleneck: ``read_batches`` only finds where documents begin and
 end in the bytes, and ``Record.text`` decodes and checks one of them, in whichever process tokenises it.
 """
 
-import bz2
-import gzip
+import codecs
 import hashlib
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megatron_vwn.config import VirtualWidthError
-
-TEXT_SUFFIXES = (".txt",)
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_BAD_ARCHIVE = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
+from megatron_vwn.data.files import JSON_LINES, PARQUET, TEXT, decompressed, kind_of, naming
 
 # A document is held in memory whole; a corpus without separators must not be.
 MAX_DOCUMENT_BYTES = 1 << 28
 _READ_BYTES = 1 << 20
 # One batch is one message to a worker: big enough to make its cost small, small enough to share a little corpus.
 _BATCH_BYTES = 1 << 18
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Rows of a Parquet file that are decoded at once.
+_ROWS = 128
+_NAMED_KEYS = 10
+# What Python calls the values of JSON is not what JSON calls them.
+_JSON_NAMES = {float: "a number", bool: "true or false", list: "an array", dict: "an object", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Format:
 
     Attributes:
         separator: what stands between two documents of a text file, UTF-8.
-        json_key: the key of the text in a line of a JSONL file.
+        json_key: the key of the text in a JSON line, or its column in a Parquet file.
     """
 
     separator: bytes
@@ -49,14 +46,14 @@ class Record(NamedTuple):
 
     Attributes:
         path: the file.
-        line: its line, 1-based, in a JSONL file; 0 in a text file.
-        offset: where the bytes begin in the (decompressed) text file.
-        raw: the bytes.
+        kind: what the file holds, one of the kinds of ``files``.
+        place: where the bytes begin in the (decompressed) text file; otherwise the line or the row, 1-based.
+        raw: the bytes: a piece of text, a line, or the text of a row.
     """
 
     path: str
-    line: int
-    offset: int
+    kind: str
+    place: int
     raw: bytes
 
     def text(self, json_key: str) -> str:
@@ -65,33 +62,44 @@ class Record(NamedTuple):
         Raises:
             VirtualWidthError: when the bytes are no UTF-8, the line is no JSON object, or it has no text under the key.
         """
-        where = f"{self.path}:{self.line}" if self.line else self.path
         try:
             text = self.raw.decode()
         except UnicodeDecodeError as error:
-            place = where if self.line else f"{where}, byte {self.offset + error.start:,}"
+            place = f"{self.path}, byte {self.place + error.start:,}" if self.kind == TEXT else self._where()
             raise VirtualWidthError(f"{place}: the text is not UTF-8; convert the file first.") from None
-        if not self.line:
+        if self.kind == TEXT:
             return text.strip("\r\n")
+        return self._value(text, json_key) if self.kind == JSON_LINES else text
+
+    def _where(self) -> str:
+        return f"{self.path}, row {self.place:,}" if self.kind == PARQUET else f"{self.path}:{self.place}"
+
+    def _value(self, line: str, json_key: str) -> str:
+        """The text in a JSON line."""
+        where = self._where()
         try:
-            value = json.loads(text)
+            value = json.loads(line, parse_int=float)  # int refuses numbers of more than 4300 digits
         except ValueError as error:
-            raise VirtualWidthError(f"{where}: the line is not valid JSON ({error}).") from None
+            hint = "" if Path(self.path).suffix.lower() != ".json" else ", and of a .json file every line must be"
+            raise VirtualWidthError(f"{where}: the line is not valid JSON{hint} ({error}).") from None
         except RecursionError:
             raise VirtualWidthError(f"{where}: the line is not usable JSON (nested too deeply).") from None
-        if not isinstance(value, dict) or json_key not in value:
-            raise VirtualWidthError(f'{where}: there is no key "{json_key}"; name the key of the text with --json-key.')
-        if not isinstance(value[json_key], str):
-            raise VirtualWidthError(
-                f'{where}: "{json_key}" holds {type(value[json_key]).__name__}, not text; give another --json-key.'
-            )
+        if not isinstance(value, dict):
+            kind = _JSON_NAMES.get(type(value), "a string")
+            raise VirtualWidthError(f"{where}: the line holds {kind}, not an object; write one object per line.")
+        if json_key not in value:
+            raise VirtualWidthError(_no_key(where, json_key, value))
+        text = value[json_key]
+        if not isinstance(text, str):
+            kind = _JSON_NAMES[type(text)]
+            raise VirtualWidthError(f'{where}: "{json_key}" holds {kind}, not text; give another --json-key.')
         try:
-            value[json_key].encode()
+            text.encode()
         except UnicodeEncodeError:
             raise VirtualWidthError(
                 f"{where}: the text holds half of a surrogate pair, which is no character; repair or drop the line."
             ) from None
-        return value[json_key]
+        return text
 
 
 class Batch(NamedTuple):
@@ -101,44 +109,25 @@ class Batch(NamedTuple):
     bytes_read: int
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """The files that the inputs name: files as given, folders searched for known suffixes, sorted by path.
-
-    Raises:
-        VirtualWidthError: for a missing input, a file of an unknown kind, or a folder without a usable file.
-    """
-    files = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
-            if not found:
-                raise VirtualWidthError(f"{path} holds no text: it has no file that ends in {_known_suffixes()}.")
-            files += found
-        elif not path.exists():
-            raise VirtualWidthError(f"{path} does not exist: check the path of the input.")
-        elif not _kind(path):
-            raise VirtualWidthError(f"{path} is of an unknown kind: rename it to end in {_known_suffixes()}.")
-        else:
-            files.append(path)
-    return files
-
-
 def read_batches(files: list[Path], form: Format) -> Iterator[Batch]:
     """Cut the files into documents, in order, without decoding them.
 
     Raises:
-        VirtualWidthError: for a broken archive or a document above ``MAX_DOCUMENT_BYTES``.
+        VirtualWidthError: for a broken file, a document above ``MAX_DOCUMENT_BYTES``, or a Parquet file that has no
+            text in the column.
     """
     for path in files:
-        with path.open("rb") as disk:
-            opener = _OPENERS.get(path.suffix)
-            stream = opener(disk) if opener else disk
-            records = _jsonl_records if _kind(path) in JSONL_SUFFIXES else _text_records
-            try:
-                yield from _batches(disk, records(str(path), stream, form.separator))
-            except _BAD_ARCHIVE as error:
-                raise VirtualWidthError(f"{path} cannot be decompressed ({error}): copy or make it again.") from None
+        kind = kind_of(path)
+        if kind == PARQUET:
+            with naming(path):
+                yield from _row_batches(path, form.json_key)
+            continue
+        records = _lines if kind == JSON_LINES else _pieces
+        with decompressed(path) as (disk, content):
+            # A named pipe has no position.
+            position = disk.tell if disk.seekable() else lambda: 0
+            size = os.fstat(disk.fileno()).st_size
+            yield from _batches(records(str(path), content, form.separator), position, size)
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
@@ -151,52 +140,80 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def _kind(path: Path) -> str:
-    """The suffix under a compression, where it is a known one; otherwise empty."""
-    inner = path.with_suffix("") if path.suffix in _OPENERS else path
-    return inner.suffix if inner.suffix in TEXT_SUFFIXES + JSONL_SUFFIXES else ""
+def _no_key(where: str, key: str, keys: Iterable[str]) -> str:
+    keys = list(keys)
+    named = ", ".join(json.dumps(each, ensure_ascii=False) for each in keys[:_NAMED_KEYS]) or "none"
+    more = f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else ""
+    return f'{where}: there is no key "{key}"; name the key of the text with --json-key (there are {named}{more}).'
 
 
-def _known_suffixes() -> str:
-    return f"{', '.join(TEXT_SUFFIXES + JSONL_SUFFIXES)} (or one of these and {', '.join(_OPENERS)})"
-
-
-def _batches(disk: BinaryIO, records: Iterator[Record]) -> Iterator[Batch]:
+def _batches(records: Iterator[Record], position: Callable[[], int], file_bytes: int) -> Iterator[Batch]:
     batch, size, start = [], 0, 0
     for record in records:
         batch.append(record)
         size += len(record.raw)
         if size >= _BATCH_BYTES:
-            position = disk.tell() if disk.seekable() else 0  # a named pipe has no position
-            yield Batch(batch, position - start)
-            batch, size, start = [], 0, position
-    yield Batch(batch, os.fstat(disk.fileno()).st_size - start)
+            end = position()
+            yield Batch(batch, end - start)
+            batch, size, start = [], 0, end
+    yield Batch(batch, file_bytes - start)
 
 
-def _jsonl_records(path: str, stream: BinaryIO, _separator: bytes) -> Iterator[Record]:
+def _row_batches(path: Path, column: str) -> Iterator[Batch]:
+    import pyarrow
+    from pyarrow import parquet
+
+    # buffer_size: a row group may be larger than memory.
+    with path.open("rb") as disk, parquet.ParquetFile(disk, buffer_size=_READ_BYTES) as file:
+        schema = file.schema_arrow
+        if schema.names.count(column) != 1:
+            raise VirtualWidthError(_no_key(str(path), column, schema.names))
+        held, types = schema.field(column).type, pyarrow.types
+        held = held.value_type if types.is_dictionary(held) else held
+        if not any(is_text(held) for is_text in (types.is_string, types.is_large_string, types.is_string_view)):
+            raise VirtualWidthError(f'{path}: the column "{column}" holds {held}, not text; give another --json-key.')
+        file_bytes, rows, read = os.fstat(disk.fileno()).st_size, max(1, file.metadata.num_rows), 0
+
+        def records() -> Iterator[Record]:
+            nonlocal read
+            for batch in file.iter_batches(_ROWS, columns=[column]):
+                for raw in batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist():
+                    read += 1
+                    if raw is None:
+                        raise VirtualWidthError(f'{path}, row {read:,}: "{column}" holds null, not text; drop the row.')
+                    if len(raw) > MAX_DOCUMENT_BYTES:
+                        raise VirtualWidthError(
+                            f"{path}, row {read:,}: the text is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; split it."
+                        )
+                    yield Record(str(path), PARQUET, read, raw)
+
+        yield from _batches(records(), lambda: file_bytes * read // rows, file_bytes)
+
+
+def _lines(path: str, stream: BinaryIO, _separator: bytes) -> Iterator[Record]:
     number = 0
     while raw := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
         if number == 1:
-            raw = raw.removeprefix(_BYTE_ORDER_MARK)
+            raw = raw.removeprefix(codecs.BOM_UTF8)
         if len(raw) > MAX_DOCUMENT_BYTES:
             raise VirtualWidthError(
                 f"{path}:{number}: the line is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; split it."
             )
         if raw.strip():
-            yield Record(path, number, 0, raw)
+            yield Record(path, JSON_LINES, number, raw)
 
 
-def _text_records(path: str, stream: BinaryIO, separator: bytes) -> Iterator[Record]:
+def _pieces(path: str, stream: BinaryIO, separator: bytes) -> Iterator[Record]:
     buffer, offset = bytearray(), 0  # offset of the buffer in the file
     while chunk := stream.read(_READ_BYTES):
-        if not offset and not buffer and chunk.startswith(_BYTE_ORDER_MARK):
-            chunk, offset = chunk.removeprefix(_BYTE_ORDER_MARK), len(_BYTE_ORDER_MARK)
+        if not offset and not buffer and chunk.startswith(codecs.BOM_UTF8):
+            chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         # A separator may lie across two chunks.
         start, search_from = 0, max(0, len(buffer) - len(separator) + 1)
         buffer += chunk
         while (end := buffer.find(separator, search_from)) >= 0:
-            yield Record(path, 0, offset + start, bytes(buffer[start:end]))
+            yield Record(path, TEXT, offset + start, bytes(buffer[start:end]))
             start = search_from = end + len(separator)
         del buffer[:start]
         offset += start
@@ -205,4 +222,4 @@ def _text_records(path: str, stream: BinaryIO, separator: bytes) -> Iterator[Rec
                 f"{path}, byte {offset:,}: a document is longer than {MAX_DOCUMENT_BYTES >> 20} MiB; say what stands "
                 "between documents with --document-separator."
             )
-    yield Record(path, 0, offset, bytes(buffer))
+    yield Record(path, TEXT, offset, bytes(buffer))

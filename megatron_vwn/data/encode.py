@@ -1,23 +1,20 @@
 """Tokenise batches of documents in several processes; the result never depends on how many."""
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.data.apart import SPAWN, end_with_parent, interrupts_blocked
 from megatron_vwn.data.documents import Batch, is_held_out
-from megatron_vwn.data.tokenizer import load
+from megatron_vwn.data.tokenizer import LoadedTokenizer
 
 # Batches in flight per worker: enough to keep it busy while the parent writes, few enough to bound memory.
 _AHEAD = 4
@@ -28,13 +25,13 @@ class EncoderSettings:
     """Everything a worker must know.
 
     Attributes:
-        tokenizer: folder of the tokenizer.
+        tokenizer: loaded once, by the program.
         json_key: key of the text in a JSONL line.
         held_out_fraction: share of documents for validation; 0 for no split.
         seed: of the split.
     """
 
-    tokenizer: Path
+    tokenizer: LoadedTokenizer
     json_key: str
     held_out_fraction: float
     seed: int
@@ -61,7 +58,6 @@ class Encoder:
 
     def __init__(self, settings: EncoderSettings):
         self.settings = settings
-        self.tokenizer = load(settings.tokenizer)
 
     def __call__(self, batch: Batch) -> EncodedBatch:
         """Decode, split and tokenise the documents of a batch."""
@@ -69,7 +65,7 @@ class Encoder:
         for record in batch.records:
             text = record.text(self.settings.json_key)
             if text.strip():
-                ids = np.array(self.tokenizer.encode(text), dtype=np.int32)
+                ids = np.array(self.settings.tokenizer.encode(text), dtype=np.int32)
                 held_out = is_held_out(text, self.settings.held_out_fraction, self.settings.seed)
                 documents.append(EncodedDocument(ids, len(text.encode()), held_out))
         return EncodedBatch(documents, len(batch.records) - len(documents), batch.bytes_read)
@@ -85,16 +81,11 @@ def encode_batches(batches: Iterable[Batch], settings: EncoderSettings, workers:
         yield from map(Encoder(settings), batches)
         return
     batches = iter(batches)
-    # spawn: a fork would copy the locks of tokenizers' threads, which may be held.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
+    pool = ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=_start_worker, initargs=(settings,))
     try:
-        # Ctrl-C reaches the whole process group and the parent alone answers it: workers, each of which is started by
-        # one task that finds no idle one, inherit that it is blocked.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for _ in range(workers):
-            pool.submit(os.getpid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with interrupts_blocked():
+            for _ in range(workers):
+                pool.submit(os.getpid)  # starts a worker, as no other is idle
         pending = deque(pool.submit(_encode, batch) for batch in islice(batches, _AHEAD * workers))
         while pending:
             yield pending.popleft().result()
@@ -112,14 +103,8 @@ _encoder: Encoder | None = None
 
 def _start_worker(settings: EncoderSettings) -> None:
     global _encoder
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end_with_parent()
     _encoder = Encoder(settings)
-
-
-def _follow_parent() -> None:
-    """End with the parent even when it was killed: an idle worker would otherwise wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _encode(batch: Batch) -> EncodedBatch:

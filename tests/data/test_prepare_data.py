@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from megatron_vwn.data import documents as _documents
 from megatron_vwn.data.__main__ import main
+from megatron_vwn.data.files import find_corpus
 from megatron_vwn.data.indexed import check_indexed_dataset, read_description, vocabulary_fingerprint
 
 AUSTEN = Path(__file__).parents[2] / "examples" / "quickstart" / "data" / "austen.txt.xz"
@@ -160,7 +161,7 @@ def test_a_tokenizer_that_truncates_and_adds_tokens_is_used_literally(tokenizer_
     tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     (tmp_path / "tokenizer").mkdir()
     tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    config = {"eos_token": {"content": "<|endoftext|>", "special": True}}
+    config = {"eos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}}
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "corpus.txt").write_text("\f".join(DOCUMENTS))
     assert run(tmp_path / "corpus.txt", "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "out") == 0
@@ -219,7 +220,6 @@ def test_summary(tokenizer_folder, tmp_path, capsys):
 REFUSALS = {
     "missing file": ("missing.txt", None, [], "missing.txt does not exist"),
     "unknown kind": ("a.pdf", b"text", [], "a.pdf is of an unknown kind"),
-    "zstd": ("a.txt.zst", b"text", [], "a.txt.zst is of an unknown kind"),
     "empty folder": ("folder/a.pdf", b"text", [], "folder holds no text"),
     "empty text": ("a.txt", b"", [], "holds no text"),
     "only blanks": ("a.txt", b" \n\f\t\n", [], "its 2 documents are empty"),
@@ -228,16 +228,16 @@ REFUSALS = {
     "undecodable line": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', [], "a.jsonl:2: the text is not UTF-8"),
     "invalid line": ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', [], "a.jsonl:3: the line is not valid JSON"),
     "deep line": ("a.jsonl", b"[" * 100_000, [], "a.jsonl:1: the line is not usable JSON"),
-    "no object": ("a.jsonl", b"[1]\n", [], 'a.jsonl:1: there is no key "text"'),
+    "no object": ("a.jsonl", b"[1]\n", [], "a.jsonl:1: the line holds an array, not an object"),
     "missing key": ("a.jsonl", b'{"body": "a"}\n', [], 'a.jsonl:1: there is no key "text"'),
-    "number": ("a.jsonl", b'{"text": 7}\n', [], 'a.jsonl:1: "text" holds int, not text'),
+    "number": ("a.jsonl", b'{"text": 7}\n', [], 'a.jsonl:1: "text" holds a number, not text'),
     "half a character": ("a.jsonl", b'{"text": "\\ud800"}\n', [], "a.jsonl:1: the text holds half of a surrogate pair"),
     "no archive": ("a.txt.gz", b"plain", [], "a.txt.gz cannot be decompressed"),
     "short gz": ("a.txt.gz", gzip.compress(os.urandom(9999).hex().encode())[:-99], [], "a.txt.gz cannot be decompr"),
     "short xz": ("a.txt.xz", lzma.compress(os.urandom(9999).hex().encode())[:-99], [], "a.txt.xz cannot be decompr"),
     "short bz2": ("a.txt.bz2", bz2.compress(os.urandom(9999).hex().encode())[:-99], [], "a.txt.bz2 cannot be decompr"),
     "small vocabulary": ("a.txt", b"text", ["--train-tokenizer", "257"], "need at least 258"),
-    "no tokenizer": ("a.txt", b"text", ["--tokenizer", "folder"], "folder has no tokenizer.json"),
+    "no tokenizer": ("a.txt", b"text", ["--tokenizer", "."], ". has no tokenizer.json"),
     "no validation": ("a.txt", b"text", ["--validation-fraction", "0.001"], "none of 1 documents fell to validation"),
     "no training": ("a.txt", b"text", ["--validation-fraction", "0.999"], "none of 1 documents fell to training"),
     "fraction": ("a.txt", b"text", ["--validation-fraction", "1"], "--validation-fraction is 1.0"),
@@ -317,7 +317,8 @@ def test_help_does_not_import_megatron():
 
 
 def test_the_example_corpus(tmp_path):
-    files = _documents.find_files([str(AUSTEN)])
+    files, notes = find_corpus([str(AUSTEN)], "text")
+    assert not notes
     records = [r for b in _documents.read_batches(files, _documents.Format(b"\f", "text")) for r in b.records]
     chapters = [record.text("text") for record in records]
     assert len(chapters) == 269

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from megatron_vwn.data import __main__ as prepare_data
-from megatron_vwn.data import tokenizer as _tokenizer
+from megatron_vwn.data.tokenizer import save
+from megatron_vwn.data.train_tokenizer import train
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
@@ -118,7 +119,7 @@ def test_sentences_do_not_end_behind_a_title():
 def exported(tmp_path_factory, data):
     """A small model as vwn-convert writes one, with a tokenizer, and some of the data in a folder of their own."""
     folder = tmp_path_factory.mktemp("exported")
-    _tokenizer.save(_tokenizer.train(iter(data[0][:2]), 400), folder / FOLDER)
+    save(train(iter(data[0][:2]), 400).to_str(), folder / FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(folder / FOLDER)
     torch.manual_seed(0)
     config = VWNConfig(
