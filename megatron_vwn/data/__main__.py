@@ -125,7 +125,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         writers, empty = _tokenise(files, form, settings, arguments.workers, [staging / name for name in names])
         written = {writer.path.name: (writer.finish(), writer.dtype.__name__) for writer in writers}
         for name in names:
-            # Megatron would go on using sample indices of the data that is replaced here.
+            # Of the data that is replaced here; Megatron's own programs would go on using them.
             shutil.rmtree(default_index_cache(str(output.with_name(name))), ignore_errors=True)
         publish(staging, output.parent)
     _summarise(output, written, empty, trained, arguments.train_tokenizer)

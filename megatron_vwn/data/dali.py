@@ -23,7 +23,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.data.indexed import map_sequences
+from megatron_vwn.data.indexed import check_token_ids, map_sequences
 from megatron_vwn.data.windows import BlendedWindows, TokenWindows, WindowSource
 
 # Micro-batches that wait for the training loop, per stage of the pipeline and, in processes, per worker.
@@ -145,6 +145,7 @@ class DaliLoader:
         self._workers = workers
         part = dataset.datasets[0] if isinstance(dataset, BlendedDataset) else dataset
         self._config, self._pad = part.config, part._pad_token_id
+        self._vocabulary_size = part.config.tokenizer.vocab_size
         self._batches: Iterator | None = None
         self._constants: dict[str, torch.Tensor] = {}
 
@@ -159,12 +160,16 @@ class DaliLoader:
         """The keys, shapes and types of a GPTDataset's samples behind torch's default collation.
 
         Position ids and the attention mask are the same tensors every time, unless flags make them depend on the text.
+
+        Raises:
+            VirtualWidthError: the batch has a token id beyond the tokenizer's.
         """
         if not len(self):
             raise StopIteration
         if self._batches is None:
             self._batches = _read(self._source, self._workers)
         (batch,) = next(self._batches)
+        check_token_ids(0, int(batch["largest"].max()), self._vocabulary_size, "a batch of the data")
         return self._sample(batch["text"])
 
     def _sample(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -206,7 +211,11 @@ class DaliLoader:
 
 
 def _read(source: WindowSource, workers: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """A DALI pipeline that yields [{"text": [micro-batch, sequence + 1] int64}]; begins anew after its end."""
+    """A DALI pipeline that begins anew after its end.
+
+    It yields [{"text": [micro-batch, sequence + 1] int64, "largest": [micro-batch] int32}]. The largest token ids stay
+    on the CPU, so that nobody waits for the GPU to look at them.
+    """
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali import types as dali_types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -233,12 +242,12 @@ def _read(source: WindowSource, workers: int) -> Iterator[list[dict[str, torch.T
             dtype=dali_types.INT32,
             ndim=1,
         )
-        return fn.cast(text.gpu() if gpu else text, dtype=dali_types.INT64)
+        return fn.cast(text.gpu() if gpu else text, dtype=dali_types.INT64), fn.reductions.max(text)
 
     built = pipeline()
     with _without_main_module():
         built.build()
-    return DALIGenericIterator([built], ["text"], auto_reset=True, prepare_first_batch=False)
+    return DALIGenericIterator([built], ["text", "largest"], auto_reset=True, prepare_first_batch=False)
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """Tokenised data on disk, checked before a run starts: PREFIX.bin, PREFIX.idx and, where it exists, PREFIX.json.
 
 Megatron maps PREFIX.bin and trusts PREFIX.idx. A copy that stopped half-way therefore shows up hours later, in the
-middle of an epoch, and an index cache that belongs to older data does not show up at all. What can be known from the
-sizes and from the index is checked here, with struct and numpy alone: nothing imports Megatron, no token is read.
+middle of an epoch, and a token id beyond the vocabulary when it is met. What the sizes, the index and a part of the
+tokens tell is checked here, with struct and numpy alone: nothing imports Megatron.
 """
 
 import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ _TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
 _FLOAT_CODES = (6, 7)
 # Sequences looked at in one go: bounds the memory of a check at some tens of MB.
 _CHUNK = 1 << 20
+# Tokens that are read in one piece.
+_BLOCK = 1 << 16
 
 
 class IndexedDatasetSize(NamedTuple):
@@ -61,6 +63,16 @@ class Description:
         """UTF-8 bytes of text per token."""
         return self.text_bytes / self.tokens
 
+    def fault(self) -> str | None:
+        """What cannot be true of a data set, in words."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                return f"{field.name} is no {'number' if field.type is int else 'text'}"
+            if field.type is int and value < (field.name not in ("text_bytes", "end_of_document")):
+                return f"{field.name} is {value}"
+        return None
+
     def write(self, path: Path) -> None:
         """Write as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -76,12 +88,16 @@ def read_description(prefix: str) -> Description | None:
     if not path.exists():
         return None
     try:
-        return Description(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        description = Description(**json.loads(path.read_text()))
+        fault = description.fault()
+    except (ValueError, TypeError, RecursionError):
+        fault = "it is no JSON object with the keys of one"
+    if fault:
         raise VirtualWidthError(
-            f"{path} does not describe a data set: prepare the data again with vwn-prepare-data, or remove the file to "
-            "train without the check of the vocabulary."
-        ) from None
+            f"{path} does not describe a data set ({fault}): prepare the data again with vwn-prepare-data, or remove "
+            "the file to train without the check of the vocabulary."
+        )
+    return description
 
 
 def vocabulary_fingerprint(token_of_id: Mapping[int, str]) -> str:
@@ -93,7 +109,7 @@ def vocabulary_fingerprint(token_of_id: Mapping[int, str]) -> str:
 
 
 def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
-    """Check that PREFIX.idx and PREFIX.bin are complete and belong together.
+    """Check that PREFIX.idx, PREFIX.bin and PREFIX.json, where it exists, are complete and belong together.
 
     Reads the index once (12 bytes per sequence) and only the size of the .bin file.
 
@@ -138,7 +154,49 @@ def check_indexed_dataset(prefix: str) -> IndexedDatasetSize:
     _check_size(bin_, tokens * dtype.itemsize)
     if tokens == 0:
         raise VirtualWidthError(f"{bin_} holds no tokens: prepare the data again from text that is not empty.")
+    description = read_description(prefix)
+    if description is not None and (description.documents, description.tokens) != (num_marks - 1, tokens):
+        raise VirtualWidthError(
+            f"{prefix}.json is of other data: it tells of {description.documents:,} documents and "
+            f"{description.tokens:,} tokens, {idx} of {num_marks - 1:,} and {tokens:,}; copy all three files, or "
+            "prepare the data again."
+        )
     return IndexedDatasetSize(num_marks - 1, tokens, dtype)
+
+
+def token_range(prefix: str, most: int) -> tuple[int, int]:
+    """The smallest and the largest token id in a part of PREFIX.bin, which has passed ``check_indexed_dataset``.
+
+    Args:
+        prefix: path without the suffix.
+        most: tokens to look at, in blocks from beginning to end; all of them if there are no more.
+    """
+    tokens = np.memmap(f"{prefix}.bin", _read_header(Path(f"{prefix}.idx"))[0], "r")
+    block = min(_BLOCK, most)
+    count = -(-len(tokens) // block) if len(tokens) <= most else most // block
+    starts = np.linspace(0, max(0, len(tokens) - block), count, dtype=np.int64)
+    pieces = [tokens[start : start + block] for start in starts]
+    return int(min(piece.min() for piece in pieces)), int(max(piece.max() for piece in pieces))
+
+
+def check_token_ids(smallest: int, largest: int, vocabulary_size: int, where: str) -> None:
+    """Refuse token ids that the embedding has no row for, or one that no token of the tokenizer has.
+
+    Args:
+        smallest: token id.
+        largest: token id.
+        vocabulary_size: tokens of the tokenizer.
+        where: what holds the ids.
+
+    Raises:
+        VirtualWidthError: says where.
+    """
+    if smallest < 0 or largest >= vocabulary_size:
+        wrong = smallest if smallest < 0 else largest
+        raise VirtualWidthError(
+            f"{where} holds the token id {wrong}, and those of the tokenizer of this run are 0 to "
+            f"{vocabulary_size - 1}: give the tokenizer that the data was prepared with."
+        )
 
 
 def map_sequences(prefix: str) -> tuple[np.memmap, np.memmap, np.memmap]:
@@ -153,29 +211,6 @@ def map_sequences(prefix: str) -> tuple[np.memmap, np.memmap, np.memmap]:
     lengths = np.memmap(idx, "<i4", "r", _HEADER.size, (count,))
     offsets = np.memmap(idx, "<i8", "r", _HEADER.size + lengths.nbytes, (count,))
     return np.memmap(f"{prefix}.bin", dtype, "r"), lengths, offsets
-
-
-def check_index_cache(prefix: str, cache: Path) -> None:
-    """Refuse sample indices that Megatron made for older data under the same name.
-
-    Megatron names an index after the path and the settings, not after the data: it would silently go on reading the
-    order of documents that no longer exist.
-
-    Args:
-        prefix: path without the suffix, as given to --data-path.
-        cache: the folder of --data-cache-path, or ``default_index_cache(prefix)``; need not exist.
-
-    Raises:
-        VirtualWidthError: when an index for this prefix is older than PREFIX.idx.
-    """
-    data_time = Path(f"{prefix}.idx").stat().st_mtime
-    for description in cache.glob("*-description.txt"):
-        older = description.stat().st_mtime < data_time
-        if older and f'"dataset_path": {json.dumps(prefix)}' in description.read_text():
-            raise VirtualWidthError(
-                f"{cache} holds sample indices that are older than {prefix}.idx and would be used in silence: remove "
-                "the folder, or choose another one with --data-cache-path."
-            )
 
 
 def default_index_cache(prefix: str) -> Path:

@@ -20,9 +20,11 @@ def apply_fixes() -> None:
 
     from megatron_vwn.megatron_fixes.dataset_helpers import skip_makefile_of_dataset_helpers
     from megatron_vwn.megatron_fixes.resharding import load_experts_of_other_groups, save_states_where_parameters_lie
+    from megatron_vwn.megatron_fixes.sample_index import find_sample_indices_by_content
     from megatron_vwn.megatron_fixes.torch_adam import resume_distributed_optimizer_with_torch_adam
 
     skip_makefile_of_dataset_helpers()
     resume_distributed_optimizer_with_torch_adam()
     save_states_where_parameters_lie()
     load_experts_of_other_groups()
+    find_sample_indices_by_content()

@@ -69,6 +69,13 @@ USES = (
     # What is repaired.
     Use(_CORE + "datasets.utils", "compile_helpers", (), "megatron_fixes/dataset_helpers.py", "replace"),
     Use(_CORE + "optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", "bool", _ADAM, "read"),
+    Use(
+        _CORE + "datasets.gpt_dataset.GPTDataset",
+        "__init__",
+        ("self", "indexed_dataset", "dataset_path", ...),
+        "megatron_fixes/sample_index.py",
+        "replace",
+    ),
     Use(_OPTIMIZER, "state_dict", ("self",), _ADAM, "replace"),
     Use(_OPTIMIZER, "load_state_dict", ("self", "state_dict"), _ADAM, "replace"),
     Use(_OPTIMIZER, "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors"), _ADAM, "replace"),
@@ -336,7 +343,7 @@ USES = (
         "call",
     ),
     # Python.
-    Use("os", "_exit", ("status",), "data/encode.py", "call"),
+    Use("os", "_exit", ("status",), "data/apart.py", "call"),
     Use("os", "_exit", ("status",), "data/windows.py", "call"),
     Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/arguments.py", "read"),
 )

@@ -27,7 +27,9 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.data.dali import DaliLoader, data_loaders
+from megatron_vwn.data.indexed import check_token_ids
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 # A loss ten times the largest so far is worth a second computation (--check-for-spiky-loss).
@@ -47,14 +49,26 @@ def train_valid_test_datasets_provider(
     Args:
         train_val_test_num_samples: samples to provide; None for one epoch.
         vp_stage: virtual pipeline stage of this model chunk.
+
+    Raises:
+        VirtualWidthError: the indices cannot be written.
     """
     args = get_args()
-    datasets = BlendedMegatronDatasetBuilder(
+    builder = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         train_val_test_num_samples,
         lambda: mpu.get_tensor_model_parallel_rank() == 0 and _needs_batch(vp_stage),
         _dataset_config(args, get_tokenizer()),
-    ).build()
+    )
+    try:
+        datasets = builder.build()
+    except Exception as error:  # Megatron's own, around that of the system
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise VirtualWidthError(
+            f"the sample indices of the data cannot be written ({error.__cause__}): give a folder that has room with "
+            "--data-cache-path."
+        ) from error
     return data_loaders(args, datasets) if args.dataloader_type == "external" else datasets
 
 
@@ -78,6 +92,9 @@ def get_batch(
         [micro-batch, 1, s, --seq-length] bool (True is masked) or None. The first stage has no labels and loss_mask,
         the last no tokens and position_ids unless it is also the first or predicts several tokens, those between
         nothing.
+
+    Raises:
+        VirtualWidthError: the batch has a token id beyond the tokenizer's.
     """
     if not _needs_batch(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
@@ -86,6 +103,8 @@ def get_batch(
     batch = {}
     if tp_rank == 0:
         sample = next(data_iterator)
+        if not args.mock_data and args.dataloader_type != "external":  # whose loader looks for itself
+            _check_ids(sample["tokens"], sample["labels"])
         batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -157,6 +176,12 @@ def _needs_batch(vp_stage: int | None) -> bool:
     """Whether a model chunk embeds tokens or computes a loss."""
     first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     return first or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+
+
+def _check_ids(*batches: torch.Tensor) -> None:
+    """Refuse ids beyond the vocabulary, which would end on a GPU in a failed assertion, or train rows of padding."""
+    smallest, largest = zip(*(torch.aminmax(batch) for batch in batches), strict=True)
+    check_token_ids(int(min(smallest)), int(max(largest)), get_tokenizer().vocab_size, "a batch of the data")
 
 
 def _predicts_several_tokens(vp_stage: int | None) -> bool:

@@ -18,9 +18,14 @@ def first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def first_of_all() -> bool:
+    """Whether this is the first process of the run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str) -> None:
     """Print for the user, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_of_all():
         print(f"megatron_vwn: {line}", flush=True)
 
 

@@ -37,6 +37,7 @@ from megatron_vwn.training.refusals.refuse import (
     refuse_start,
     refuse_vocabulary,
 )
+from megatron_vwn.training.refusals.tokenizer import build_tokenizer
 
 
 def run(argv: Sequence[str], *, gpu: bool) -> int:
@@ -142,9 +143,10 @@ class Run:
         """Set Megatron's global variables, the tokenizer among them, and learn from it where documents end.
 
         Raises:
-            VirtualWidthError: the n-grams of the checkpoint end at another token.
+            VirtualWidthError: the tokenizer cannot be built, or the n-grams of the checkpoint end at another token.
         """
-        set_global_variables(self.args)
+        set_global_variables(self.args, build_tokenizer=False)
+        build_tokenizer(self.args)
         if self.virtual_width is not None and self.virtual_width.ngrams:
             # The only setting that is not typed: it joins the others, which are recorded since the flags were parsed.
             self.args.vwn_document_end = get_tokenizer().eod

@@ -21,6 +21,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.training import build_train_valid_test_data_iterators
 
+from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.training.batch import BATCH_KEYS, train_valid_test_datasets_provider
 
 # More than any split has: the end of the shorter loader would show. Whole validation sets are read round and round.
@@ -116,6 +117,18 @@ def case(args, prefixes, changes, workers):
     return result
 
 
+def beyond(args, prefixes):
+    """What ends a run whose tokenizer knows fewer tokens than the data."""
+    get_tokenizer()._tokenizer._vocab_size = 20
+    args.train_data_path = args.valid_data_path = args.test_data_path = prefixes[:1]
+    mpu.initialize_model_parallel()
+    data = iterators(args, "external", 0)["train"]
+    try:
+        return next(data) and None
+    except VirtualWidthError as refusal:
+        return str(refusal)
+
+
 def iter_of(iterator):
     """RerunDataIterator has a next and no iter."""
     return itertools.chain.from_iterable(iter(lambda: [next(iterator)], None))
@@ -129,6 +142,7 @@ def main():
     validate_args(args)
     set_global_variables(args)
     results = {name: case(args, prefixes, *settings) for name, settings in CASES.items()}
+    results["beyond"] = beyond(args, prefixes)
     results["imported"] = results["two data-parallel ranks"]["imported"]
     Path(folder, f"rank{args.rank}.json").write_text(json.dumps(results))
 

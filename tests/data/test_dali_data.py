@@ -107,6 +107,12 @@ def test_ranks_and_cases_read_different_samples(ranks):
 
 
 @needs_dali
+def test_ids_beyond_the_vocabulary_are_refused(ranks):
+    for rank in ranks:
+        assert "holds the token id" in rank["beyond"] and "are 0 to 19" in rank["beyond"]
+
+
+@needs_dali
 def test_without_external_nothing_imports_dali(ranks):
     assert [rank["imported"] for rank in ranks] == [False, False]
 

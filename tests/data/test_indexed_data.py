@@ -1,9 +1,12 @@
 """Data that is not what its index says is refused by name."""
 
+import json
+
 import numpy as np
 import pytest
 
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.data import indexed
 from megatron_vwn.data.indexed import check_indexed_dataset, read_description
 
 
@@ -80,3 +83,47 @@ def test_a_description_that_is_none_is_refused(tmp_path):
         (tmp_path / "c.json").write_text(content)
         with pytest.raises(VirtualWidthError, match="does not describe"):
             read_description(str(tmp_path / "c"))
+
+
+DESCRIPTION = {
+    "documents": 40,
+    "tokens": sum(range(10, 50)),
+    "text_bytes": 5000,
+    "vocabulary_size": 50,
+    "vocabulary_sha256": "0" * 64,
+    "end_of_document": 0,
+}
+
+
+@pytest.mark.parametrize("name", DESCRIPTION)
+def test_a_description_of_wrong_types_or_values_is_refused(name, tmp_path):
+    build(tmp_path, range(10, 50))
+    (tmp_path / "c.json").write_text(json.dumps(DESCRIPTION))
+    assert check_indexed_dataset(str(tmp_path / "c")).documents == 40
+    wrong = [None, "5", [], {}, 1.5, True, -1] if name != "vocabulary_sha256" else [None, 5, []]
+    for value in wrong:
+        (tmp_path / "c.json").write_text(json.dumps(DESCRIPTION | {name: value}))
+        with pytest.raises(VirtualWidthError, match=f"does not describe a data set .{name} is ") as refusal:
+            check_indexed_dataset(str(tmp_path / "c"))
+        assert "\n" not in str(refusal.value)
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(VirtualWidthError, match="does not describe a data set"):
+        read_description(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("name", ["documents", "tokens"])
+def test_a_description_of_other_data_is_refused(name, tmp_path):
+    build(tmp_path, range(10, 50))
+    (tmp_path / "c.json").write_text(json.dumps(DESCRIPTION | {name: DESCRIPTION[name] + 1}))
+    with pytest.raises(VirtualWidthError, match=r"c\.json is of other data"):
+        check_indexed_dataset(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 10_000])
+def test_the_range_of_a_part_of_the_tokens(most, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "_BLOCK", 5)
+    build(tmp_path, [30, 50, 40])
+    smallest, largest = indexed.token_range(str(tmp_path / "c"), most)
+    assert smallest == 0 and largest <= 49
+    if most >= 120:
+        assert largest == 49

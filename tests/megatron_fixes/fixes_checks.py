@@ -5,21 +5,28 @@ such that pytest does not collect it.
 """
 
 import ast
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import megatron.core.datasets
+import numpy as np
 import pytest
 import torch
 from megatron.core.datasets import utils
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
 import megatron_vwn
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.data.indexed import default_index_cache
 from megatron_vwn.megatron_fixes import apply_fixes, torch_adam
 from megatron_vwn.megatron_fixes.contract import USES, drift
 from megatron_vwn.megatron_fixes.resharding import _with_padding
@@ -41,6 +48,7 @@ PATCHED = [
     (OPTIMIZER, "_set_main_param_and_optimizer_states"),
     (OPTIMIZER, "sharded_param_state_fully_reshardable"),
     (ChainedOptimizer, "load_state_dict"),
+    (GPTDataset, "__init__"),
 ]
 
 
@@ -66,6 +74,93 @@ def test_applies_once():
 def test_does_not_compile_what_is_compiled():
     apply_fixes()
     utils.compile_helpers()  # the original would run make and exit
+
+
+def write_data(prefix, lengths, first=0):
+    """Documents of consecutive token ids."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    ids = torch.arange(first, first + sum(lengths))
+    for document in ids.split(lengths):
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def read_data(*prefixes, cache=None):
+    """The samples of a data set, or of a blend, in their order."""
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=8,
+        blend=([str(prefix) for prefix in prefixes], [1.0] * len(prefixes) if len(prefixes) > 1 else None),
+        split="1,0,0",
+        path_to_cache=None if cache is None else str(cache),
+        tokenizer=NullTokenizer(60_000),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    data = BlendedMegatronDatasetBuilder(GPTDataset, (10, 0, 0), lambda: True, config).build()[0]
+    return [data[number]["tokens"].tolist() for number in range(len(data))]
+
+
+@pytest.mark.parametrize("blend", [False, True])
+def test_an_index_of_other_data_is_not_used(blend, tmp_path):
+    apply_fixes()
+    a, b, c = (tmp_path / name for name in "abc")
+    write_data(a, [30] * 40)
+    write_data(b, [20] * 60, first=20_000)
+    write_data(c, [30] * 40, first=40_000)
+    names, cache = ([a, c] if blend else [a]), tmp_path / "cache"
+    old = read_data(*names, cache=cache)
+    assert old == read_data(*names, cache=cache)
+    count = len(os.listdir(cache))
+    for suffix in (".bin", ".idx"):
+        os.utime(f"{b}{suffix}", (1, 1))  # as mv, cp -p and rsync -a keep the time
+        os.replace(f"{b}{suffix}", f"{a}{suffix}")
+    new = read_data(*names, cache=cache)
+    assert new != old and new == read_data(*names, cache=tmp_path / "fresh")
+    count += 4 + 3 * blend  # an index is three arrays and their description, a blend's two
+    assert len(os.listdir(cache)) == count
+    # The same lengths: the index would be the same, and is used.
+    write_data(a, [20] * 60, first=10_000)
+    assert read_data(*names, cache=cache) == read_data(*names, cache=tmp_path / "fresh 2")
+    assert len(os.listdir(cache)) == count
+
+
+def test_an_index_beside_the_data_is_found_again(tmp_path):
+    apply_fixes()
+    write_data(tmp_path / "a", [30] * 40)
+    first = read_data(tmp_path / "a")
+    (folder,) = (tmp_path / "a" / "cache").iterdir()
+    files = sorted(folder.iterdir())
+    assert folder == default_index_cache(str(tmp_path / "a")) and read_data(tmp_path / "a") == first
+    assert sorted(folder.iterdir()) == files
+
+
+def test_a_damaged_index_is_refused_by_name(tmp_path):
+    apply_fixes()
+    write_data(tmp_path / "a", [30] * 40)
+    read_data(tmp_path / "a", cache=tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*-shuffle_index.npy")
+    for content in (path.read_bytes()[:-1], b""):
+        path.write_bytes(content)
+        with pytest.raises(VirtualWidthError, match=f"sample index of {tmp_path / 'a'} cannot be used .*remove"):
+            read_data(tmp_path / "a", cache=tmp_path / "cache")
+
+
+def test_a_full_disk_leaves_no_half_of_an_index(tmp_path, monkeypatch):
+    apply_fixes()
+    write_data(tmp_path / "a", [30] * 40)
+    save = np.save
+
+    def full(path, array, **options):
+        save(path, array, **options)
+        if "sample_index" in path:
+            raise OSError(28, "No space left on device", path)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(np, "save", full)
+        read_data(tmp_path / "a", cache=tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
 
 
 def test_leaves_fused_adam_alone(monkeypatch):

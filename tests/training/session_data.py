@@ -19,7 +19,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.training.batch import forward_step, get_batch, train_valid_test_datasets_provider
+from megatron_vwn.training.batch import BATCH_KEYS, forward_step, get_batch, train_valid_test_datasets_provider
 from megatron_vwn.training.refusals.data import check_vocabulary
 
 SEQUENCE = 16
@@ -86,6 +86,12 @@ def layout(args, sizes):
                 "labels": output.tolist(),
             }
         result["steps"] = steps
+    if not sizes:
+        # Ids that the table, which is filled up, has rows for, but the tokenizer has no tokens.
+        size = get_tokenizer().vocab_size
+        batch = {key: torch.full((args.micro_batch_size, SEQUENCE), size - 1) for key in BATCH_KEYS[:4]}
+        late = {"labels": batch["labels"] + (torch.arange(SEQUENCE) == SEQUENCE - 1)}
+        result["beyond"] = [refusal(get_batch, iter([each])) for each in (batch, batch | late)]
     mpu.destroy_model_parallel()
     return result
 

@@ -1,7 +1,7 @@
 """The data of a run: two emulated ranks (session_data.py) on a small prepared corpus, and refusals without any rank."""
 
 import json
-import os
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -146,6 +146,16 @@ def test_data_of_another_vocabulary_is_refused(ranks):
         assert "tokenised with another vocabulary" in rank["other vocabulary"]
 
 
+def test_a_batch_of_ids_beyond_the_vocabulary_is_refused(ranks):
+    for rank in ranks:
+        accepted, refused = rank["data"]["beyond"]
+        assert accepted is None
+        assert refused == (
+            f"a batch of the data holds the token id {VOCABULARY}, and those of the tokenizer of this run are 0 to "
+            f"{VOCABULARY - 1}: give the tokenizer that the data was prepared with."
+        )
+
+
 # fmt: off
 PARSED = {
     "data_path": None, "data_args_path": None, "train_data_path": None, "valid_data_path": None, "test_data_path": None,
@@ -216,22 +226,47 @@ def test_flags_that_are_refused_exist_in_megatron(monkeypatch):
     assert PARSED.keys() <= vars(parse_args()).keys()
 
 
-def test_indices_of_older_data_are_refused(corpus, tmp_path):
+def test_data_that_nothing_may_be_written_beside_needs_another_place_for_its_indices(corpus, tmp_path, monkeypatch):
     from megatron_vwn.config import VirtualWidthError
-    from megatron_vwn.training.refusals.data import check_data
+    from megatron_vwn.training.refusals import data
 
-    prefix = f"{corpus}_valid"
-    args = flags(data_path=[prefix], data_cache_path=str(tmp_path))
-    description = tmp_path / "0123-GPTDataset-train-description.txt"
-    description.write_text(json.dumps({"class": "GPTDataset", "dataset_path": prefix}, indent=4))
-    check_data(args)
-    written = Path(f"{prefix}.idx").stat().st_mtime
-    os.utime(description, (written - 1, written - 1))
-    with pytest.raises(VirtualWidthError, match="older than"):
-        check_data(args)
-    description.write_text(json.dumps({"class": "GPTDataset", "dataset_path": f"{prefix}2"}, indent=4))
-    os.utime(description, (written - 1, written - 1))
-    check_data(args)
+    # Root may write anywhere.
+    monkeypatch.setattr(data.os, "access", lambda path, mode: Path(path).is_relative_to(tmp_path / "free"))
+    (tmp_path / "free").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{corpus}_valid{suffix}", tmp_path / f"a{suffix}")
+    prefix = str(tmp_path / "a")
+    with pytest.raises(VirtualWidthError, match=r"no place.*give a folder with --data-cache-path"):
+        data.check_data(flags(data_path=[prefix]))
+    with pytest.raises(VirtualWidthError, match=r"no place.*give another folder with --data-cache-path"):
+        data.check_data(flags(data_path=[prefix], data_cache_path=str(tmp_path / "cache")))
+    data.check_data(flags(data_path=[prefix], data_cache_path=str(tmp_path / "free" / "cache")))
+    monkeypatch.setenv("RANK", "1")
+    data.check_data(flags(data_path=[prefix]))  # the first rank alone writes
+    monkeypatch.delenv("RANK")
+    cache = Path(prefix) / "cache" / "GPTDataset_indices"
+    cache.mkdir(parents=True)
+    (cache / "0-GPTDataset-train-description.txt").touch()
+    data.check_data(flags(data_path=[prefix]))  # there may be all that the run needs
+
+
+def test_indices_that_cannot_be_written_are_one_sentence(monkeypatch):
+    from megatron_vwn.config import VirtualWidthError
+    from megatron_vwn.training import batch
+
+    class Builder:
+        def __init__(self, *arguments):
+            pass
+
+        def build(self):
+            raise Exception("Failed to write dataset materials") from OSError(28, "No space left on device", "index")
+
+    monkeypatch.setattr(batch, "BlendedMegatronDatasetBuilder", Builder)
+    monkeypatch.setattr(batch, "get_args", lambda: Namespace(mock_data=True))
+    for name in ("get_tokenizer", "_dataset_config"):
+        monkeypatch.setattr(batch, name, lambda *arguments: None)
+    with pytest.raises(VirtualWidthError, match=r"No space left on device.*--data-cache-path"):
+        batch.train_valid_test_datasets_provider((1, 1, 1))
 
 
 def test_vocabulary_of_a_tokenizer_that_knows_only_ids(corpus):
@@ -243,3 +278,88 @@ def test_vocabulary_of_a_tokenizer_that_knows_only_ids(corpus):
     check_vocabulary(f"{corpus}_train", NullTokenizer(VOCABULARY))
     with pytest.raises(VirtualWidthError, match="280 tokens and the tokenizer of this run has 279"):
         check_vocabulary(f"{corpus}_train", NullTokenizer(VOCABULARY - 1))
+
+
+class Tokenizer_:
+    """A tokenizer of Megatron with these tokens."""
+
+    def __init__(self, tokens, eod=0):
+        self.inv_vocab, self.vocab_size, self.eod = dict(enumerate(tokens)), len(tokens), eod
+
+
+def test_further_tokens_behind_those_of_the_data_are_no_other_vocabulary(corpus):
+    from megatron_vwn.config import VirtualWidthError
+    from megatron_vwn.training.refusals.data import check_vocabularies
+
+    vocabulary = Tokenizer.from_file(str(Path(f"{corpus}_tokenizer") / "tokenizer.json")).get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    prefixes = [f"{corpus}_train", f"{corpus}_valid"]
+    check_vocabularies(prefixes, Tokenizer_(tokens))
+    check_vocabularies(prefixes, Tokenizer_([*tokens, "<pad>"]))
+    for other in (["<pad>", *tokens], [*tokens[:-1], "<pad>"], [*tokens[:-2], tokens[-1], tokens[-2]]):
+        with pytest.raises(VirtualWidthError, match="another vocabulary"):
+            check_vocabularies(prefixes, Tokenizer_(other))
+    with pytest.raises(VirtualWidthError, match="another vocabulary"):
+        check_vocabularies(prefixes, Tokenizer_(tokens, eod=1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_ids_beyond_the_vocabulary_are_refused_by_name(dtype, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_vwn.config import VirtualWidthError
+    from megatron_vwn.training.refusals.data import check_vocabularies
+
+    for name, ids in (("good", [0, 19]), ("high", [3, 20]), ("low", [-1, 5])):
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=dtype)
+        builder.add_document(np.array(ids).astype(dtype), [2])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    check_vocabularies([str(tmp_path / "good")], Tokenizer_("x" * 20))
+    for name, wrong in (("high", 20), ("low", -1 if dtype is np.int32 else 65535)):
+        with pytest.raises(
+            VirtualWidthError, match=f"{name} holds the token id {wrong}, .* are 0 to 19: give the token"
+        ):
+            check_vocabularies([str(tmp_path / each) for each in ("good", name)], Tokenizer_("x" * 20))
+
+
+def tokenizer_flags(folder, **changed):
+    named = dict.fromkeys(("chat_template", "vocab_file", "merge_file", "special_tokens", "metadata_path"))
+    switches = ("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens", "trust_remote_code")
+    given = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder), "pad_vocab_size": False}
+    return Namespace(**named | dict.fromkeys(switches, False) | given | changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b'{"version": "1.0", "tru'),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'),
+        ("tokenizer_config.json", b""),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"tokenizer_class": 5}'),
+        ("tokenizer_config.json", b'{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'),
+    ],
+)
+def test_a_broken_tokenizer_is_one_sentence(name, content, corpus, tmp_path):
+    from megatron_vwn.config import VirtualWidthError
+    from megatron_vwn.training.refusals.tokenizer import build_tokenizer
+
+    shutil.copytree(f"{corpus}_tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / name).write_bytes(content)
+    (tmp_path / "tokenizer" / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(VirtualWidthError) as refused:
+        build_tokenizer(tokenizer_flags(tmp_path / "tokenizer"))
+    assert "\n" not in str(refused.value) and f"--tokenizer-model {tmp_path / 'tokenizer'}" in str(refused.value)
+    assert ("names code of its own, which is not run" in str(refused.value)) == (b"auto_map" in content)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_set_for_megatron(corpus):
+    from megatron.training import get_tokenizer
+
+    from megatron_vwn.training.refusals.tokenizer import build_tokenizer
+
+    build_tokenizer(tokenizer_flags(f"{corpus}_tokenizer"))
+    assert get_tokenizer().vocab_size == VOCABULARY

@@ -5,6 +5,7 @@ data that would be ignored, or end in an assertion deep inside Megatron, are ref
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
@@ -14,12 +15,19 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.data.dali import check_dali
 from megatron_vwn.data.indexed import (
-    check_index_cache,
+    Description,
     check_indexed_dataset,
+    check_token_ids,
     default_index_cache,
     read_description,
+    token_range,
     vocabulary_fingerprint,
 )
+from megatron_vwn.training.ranks import first_of_all
+from megatron_vwn.training.refusals.folders import first_that_exists
+
+# Tokens of all data sets together that are looked at before a run: 64 MB, which take 0.1 s where they are in memory.
+_LOOKED_AT = 1 << 24
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -57,20 +65,46 @@ def check_data(args: argparse.Namespace) -> None:
         VirtualWidthError: the first fault.
     """
     _check_flags(args)
-    for prefix in data_prefixes(args):
+    prefixes = data_prefixes(args)
+    for prefix in prefixes:
         check_indexed_dataset(prefix)
-        check_index_cache(prefix, Path(args.data_cache_path) if args.data_cache_path else default_index_cache(prefix))
+    if first_of_all() and not is_object_storage_path(args.data_cache_path or ""):  # it writes indices for all nodes
+        _check_index_folders(args, prefixes)
 
 
-def check_vocabulary(prefix: str, tokenizer: MegatronTokenizerBase) -> None:
-    """Refuse data that was tokenised with another vocabulary than the run's, as far as PREFIX.json tells.
+def check_vocabularies(prefixes: list[str], tokenizer: MegatronTokenizerBase) -> None:
+    """Refuse data that was tokenised with another vocabulary, as far as PREFIX.json and some tokens tell.
+
+    Of all data together ``_LOOKED_AT`` tokens are read. An id that is missed there ends the run with the same sentence
+    when it is met (``training.batch``).
 
     Raises:
-        VirtualWidthError: when sizes, tokens or the end of document differ.
+        VirtualWidthError: the first fault.
+    """
+    for prefix in prefixes:
+        check_vocabulary(prefix, tokenizer, _LOOKED_AT // len(prefixes))
+
+
+def check_vocabulary(prefix: str, tokenizer: MegatronTokenizerBase, most: int = _LOOKED_AT) -> None:
+    """Refuse a data set that was tokenised with another vocabulary than the run's.
+
+    The tokenizer may have further tokens behind those that the data was prepared with.
+
+    Args:
+        prefix: path without the suffix; has passed ``check_indexed_dataset``.
+        tokenizer: of the run.
+        most: tokens to look at.
+
+    Raises:
+        VirtualWidthError: when sizes, tokens or the end of document differ, or an id is beyond the vocabulary.
     """
     description = read_description(prefix)
-    if description is None:
-        return
+    if description is not None:
+        _check_description(prefix, description, tokenizer)
+    check_token_ids(*token_range(prefix, most), tokenizer.vocab_size, prefix)
+
+
+def _check_description(prefix: str, description: Description, tokenizer: MegatronTokenizerBase) -> None:
     if description.vocabulary_size > tokenizer.vocab_size:
         raise VirtualWidthError(
             f"{prefix} was tokenised with {description.vocabulary_size:,} tokens and the tokenizer of this run has "
@@ -80,12 +114,25 @@ def check_vocabulary(prefix: str, tokenizer: MegatronTokenizerBase) -> None:
         vocabulary = tokenizer.inv_vocab
     except (AttributeError, NotImplementedError):  # NullTokenizer knows ids and no tokens
         return
-    same = vocabulary_fingerprint(vocabulary) == description.vocabulary_sha256
+    known = {token_id: token for token_id, token in vocabulary.items() if token_id < description.vocabulary_size}
+    same = vocabulary_fingerprint(known) == description.vocabulary_sha256
     if not same or tokenizer.eod != description.end_of_document:
         raise VirtualWidthError(
             f"{prefix} was tokenised with another vocabulary than that of --tokenizer-model: give the tokenizer that "
             "the data was prepared with."
         )
+
+
+def _check_index_folders(args: argparse.Namespace, prefixes: list[str]) -> None:
+    """Refuse a folder for sample indices that has none and cannot be written to."""
+    own = args.data_cache_path
+    for folder in [Path(own)] if own else map(default_index_cache, prefixes):
+        there = first_that_exists(folder)
+        if not os.access(there, os.W_OK | os.X_OK) and not any(folder.glob("*-description.txt")):
+            raise VirtualWidthError(
+                f"sample indices have no place, because nothing may be written to {there}: give "
+                f"{'another' if own else 'a'} folder with --data-cache-path."
+            )
 
 
 def _check_flags(args: argparse.Namespace) -> None:

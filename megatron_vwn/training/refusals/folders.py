@@ -32,14 +32,14 @@ def check_folders(args: argparse.Namespace) -> None:
         if not path or is_object_storage_path(path):
             continue
         flag = f"--{name.replace('_', '-')}"
-        there = _first_that_exists(Path(path))
+        there = first_that_exists(Path(path))
         if not there.is_dir():
             raise VirtualWidthError(f"{flag} is {path}, but {there} is a file: give a folder.")
         if name in _WRITTEN and not os.access(there, os.W_OK | os.X_OK):
             raise VirtualWidthError(f"{flag} is {path}, but nothing may be written to {there}: give another folder.")
 
 
-def _first_that_exists(path: Path) -> Path:
+def first_that_exists(path: Path) -> Path:
     """The path itself, or what would hold it."""
     path = Path(os.path.abspath(path))
     return next(each for each in (path, *path.parents) if os.path.lexists(each))

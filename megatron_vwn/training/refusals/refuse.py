@@ -19,7 +19,7 @@ from megatron_vwn.training.refusals.checkpoint import (
     refuse_other_model,
     refuse_other_width,
 )
-from megatron_vwn.training.refusals.data import check_data, check_vocabulary, data_prefixes
+from megatron_vwn.training.refusals.data import check_data, check_vocabularies, data_prefixes
 from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
 from megatron_vwn.training.refusals.folders import check_folders
 from megatron_vwn.training.refusals.kernels import refuse_kernels
@@ -90,5 +90,4 @@ def refuse_vocabulary(run: Run) -> None:
         VirtualWidthError: the sentence to print.
     """
     if first_of_node():
-        for prefix in data_prefixes(run.args):
-            check_vocabulary(prefix, get_tokenizer())
+        check_vocabularies(data_prefixes(run.args), get_tokenizer())
