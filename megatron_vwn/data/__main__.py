@@ -18,7 +18,7 @@ from megatron_vwn.atomic import publish, staging_folder
 from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.data.apart import call_apart
-from megatron_vwn.data.documents import Format, read_batches
+from megatron_vwn.data.documents import Format, parse_separator, read_batches
 from megatron_vwn.data.encode import EncoderSettings, encode_batches
 from megatron_vwn.data.files import find_corpus
 from megatron_vwn.data.indexed import Description, default_index_cache
@@ -145,16 +145,7 @@ def _check_arguments(arguments: argparse.Namespace) -> Format:
         )
     if not Path(arguments.output).name:
         raise VirtualWidthError(f"--output {arguments.output} is no prefix: end it with a name, as in data/corpus.")
-    try:
-        # Escapes are resolved, every other character stays what it is.
-        separator = arguments.document_separator.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
-    except UnicodeError:
-        raise VirtualWidthError(
-            f"--document-separator {arguments.document_separator} has an unknown escape: write a backslash as two."
-        ) from None
-    if not separator:
-        raise VirtualWidthError(r"--document-separator is empty: give the text between documents, such as \f.")
-    return Format(separator, arguments.json_key)
+    return Format(parse_separator(arguments.document_separator), arguments.json_key)
 
 
 def _progress(files: list[Path], task: str) -> tqdm:

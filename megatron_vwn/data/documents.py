@@ -41,6 +41,23 @@ class Format:
     json_key: str
 
 
+def parse_separator(text: str) -> bytes:
+    """The bytes between two documents from what is typed: escapes are resolved, every other character stays.
+
+    Raises:
+        VirtualWidthError: for an unknown escape, or nothing.
+    """
+    try:
+        separator = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+    except UnicodeError:
+        raise VirtualWidthError(
+            f"--document-separator {text} has an unknown escape: write a backslash as two."
+        ) from None
+    if not separator:
+        raise VirtualWidthError(r"--document-separator is empty: give the text between documents, such as \f.")
+    return separator
+
+
 class Record(NamedTuple):
     """The bytes of one document as they stand in a file.
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from megatron_vwn.data import __main__ as prepare_data
+from megatron_vwn.data.documents import Format
 from megatron_vwn.data.tokenizer import save
 from megatron_vwn.data.train_tokenizer import train
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
@@ -53,18 +54,41 @@ def test_the_split_is_that_of_the_quickstart(data, monkeypatch, tmp_path):
     (_, _, module, *flags) = called[0]
     assert f"{module}.__main__" == prepare_data.__name__
     told = prepare_data._parser().parse_args(flags)
-    assert make_data.held_out_documents(told.inputs, told.validation_fraction, told.seed) == data[0]
+    form = Format(b"\f", told.json_key)
+    assert make_data.held_out_documents(told.inputs, form, told.validation_fraction, told.seed) == data[0]
 
 
-def test_the_split_is_that_of_vwn_prepare_data(tmp_path):
-    (tmp_path / "corpus.txt").write_text("\n\f\n".join(f"Document {number}.\n" * 3 for number in range(60)))
-    flags = [str(tmp_path / "corpus.txt"), "--validation-fraction", "0.3", "--seed", "4", "--output"]
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_the_split_is_that_of_vwn_prepare_data(kind, tmp_path):
+    documents = [f"Document {number}.\n" * 3 for number in range(60)]
+    text, how = "\n===\n".join(documents), ["--document-separator", r"\n===\n"]
+    if kind == "jsonl":
+        text, how = "".join(json.dumps({"content": each}) + "\n" for each in documents), ["--json-key", "content"]
+    (tmp_path / f"corpus.{kind}").write_text(text)
+    flags = [str(tmp_path / f"corpus.{kind}"), *how, "--validation-fraction", "0.3", "--seed", "4", "--output"]
     assert make_data.main([*flags, str(tmp_path / "out")]) == 0
     assert prepare_data.main([*flags, str(tmp_path / "p"), "--train-tokenizer", "270", "--workers", "1"]) == 0
     tokenizer = Tokenizer.from_file(str(tmp_path / "p_tokenizer" / "tokenizer.json"))
     held_out = [tokenizer.decode(document) for document in read_text(str(tmp_path / "p_valid")).documents]
     assert [row["text"] for row in lines(tmp_path / "out" / "heldout.jsonl")] == held_out
     assert 5 < len(held_out) < 40
+
+
+def test_what_cannot_be_made_is_refused_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "corpus.jsonl").write_text('{"content": "a"}\n')
+    corpus, out = str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")
+    for flags, words in (
+        ([corpus, "--output", out], 'name the key of the text with --json-key (there are "content")'),
+        ([corpus, "--output", out, "--json-key", "content"], "no document is held out"),
+        ([corpus, "--output", f"{corpus}/out", "--json-key", "content", "--validation-fraction", "1"], "corpus.jsonl"),
+    ):
+        assert make_data.main(flags) == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence.startswith("make_data.py: ") and words in sentence
+    with pytest.raises(SystemExit, match="2"):
+        make_data.main([corpus])
+    assert "--output is missing" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 def test_the_same_files_every_time(data, tmp_path):
@@ -138,12 +162,9 @@ def exported(tmp_path_factory, data):
     )
     VWNForCausalLM(config).save_pretrained(folder / FOLDER)
     add_code(folder / FOLDER)
-    rows = {"heldout": [{"text": text[:3000]} for text in data[0][:3]], "next_sentence": data[1][:20]}
-    (folder / "examples" / "evaluate" / "data").mkdir(parents=True)
-    for name, content in rows.items():
-        path = folder / "examples" / "evaluate" / "data" / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return folder, [row["text"] for row in rows["heldout"]]
+    texts = [text[:3000] for text in data[0][:3]]
+    make_data.write_tasks(folder / "tasks", [{"text": text} for text in texts], data[1][:20])
+    return folder, texts
 
 
 def test_the_quickstart_scores_a_run_once(exported, tmp_path):
@@ -175,8 +196,8 @@ def test_lm_eval_finds_our_bits_per_byte_without_a_network(exported, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     command = ["-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
     command += ["--model_args", f"pretrained={folder / FOLDER},trust_remote_code=True,dtype=float32"]
-    command += ["--include_path", str(EXAMPLES / "evaluate"), "--tasks", "vwn_heldout,vwn_next_sentence"]
-    done = launch.real(0, *command, "--output_path", tmp_path / "out", env=offline, cwd=folder)
+    command += ["--include_path", str(folder / "tasks"), "--tasks", "vwn_heldout,vwn_next_sentence"]
+    done = launch.real(0, *command, "--output_path", tmp_path / "out", env=offline, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(path.read_text())["results"]
