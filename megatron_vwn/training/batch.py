@@ -65,9 +65,11 @@ def train_valid_test_datasets_provider(
     except Exception as error:  # Megatron's own, around that of the system
         if not isinstance(error.__cause__, OSError):
             raise
+        what, advice = "written", "give a folder that has room with --data-cache-path"
+        if args.dataloader_fast_cache_load and isinstance(error.__cause__, FileNotFoundError):
+            what, advice = "read", "run once without --dataloader-fast-cache-load, which makes them"
         raise VirtualWidthError(
-            f"the sample indices of the data cannot be written ({error.__cause__}): give a folder that has room with "
-            "--data-cache-path."
+            f"the sample indices of the data cannot be {what} ({error.__cause__}): {advice}."
         ) from error
     return data_loaders(args, datasets) if args.dataloader_type == "external" else datasets
 

@@ -250,7 +250,18 @@ def test_data_that_nothing_may_be_written_beside_needs_another_place_for_its_ind
     data.check_data(flags(data_path=[prefix]))  # there may be all that the run needs
 
 
-def test_indices_that_cannot_be_written_are_one_sentence(monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "fast", "sentence"),
+    [
+        (
+            OSError(28, "No space left on device", "index"),
+            False,
+            r"written .*No space left on device.*--data-cache-path",
+        ),
+        (FileNotFoundError(2, "No such file", "index"), True, r"read .*run once without --dataloader-fast-cache-load"),
+    ],
+)
+def test_indices_that_cannot_be_used_are_one_sentence(fault, fast, sentence, monkeypatch):
     from megatron_vwn.config import VirtualWidthError
     from megatron_vwn.training import batch
 
@@ -259,13 +270,13 @@ def test_indices_that_cannot_be_written_are_one_sentence(monkeypatch):
             pass
 
         def build(self):
-            raise Exception("Failed to write dataset materials") from OSError(28, "No space left on device", "index")
+            raise Exception("Failed to write dataset materials") from fault
 
     monkeypatch.setattr(batch, "BlendedMegatronDatasetBuilder", Builder)
-    monkeypatch.setattr(batch, "get_args", lambda: Namespace(mock_data=True))
+    monkeypatch.setattr(batch, "get_args", lambda: Namespace(mock_data=True, dataloader_fast_cache_load=fast))
     for name in ("get_tokenizer", "_dataset_config"):
         monkeypatch.setattr(batch, name, lambda *arguments: None)
-    with pytest.raises(VirtualWidthError, match=r"No space left on device.*--data-cache-path"):
+    with pytest.raises(VirtualWidthError, match=sentence):
         batch.train_valid_test_datasets_provider((1, 1, 1))
 
 
