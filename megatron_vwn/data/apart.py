@@ -27,8 +27,8 @@ def call_apart(task: Callable[..., Any], *arguments: object, progress: Callable[
         What the task returns.
 
     Raises:
-        VirtualWidthError: as the task raises it, or when the process dies.
-        OSError: as the task raises it.
+        VirtualWidthError: when the process dies, or as the task raises it.
+        Exception: as the task raises it.
     """
     here, there = SPAWN.Pipe(duplex=False)
     process = SPAWN.Process(target=_run, args=(there, task, arguments))
@@ -74,6 +74,6 @@ def _run(pipe: Connection, task: Callable[..., Any], arguments: tuple) -> None:
     end_with_parent()
     try:
         message = task(*arguments, pipe.send), None
-    except (VirtualWidthError, OSError) as error:
+    except Exception as error:
         message = None, error
     pipe.send(message)

@@ -181,7 +181,10 @@ def _row_batches(path: Path, column: str) -> Iterator[Batch]:
     from pyarrow import parquet
 
     # buffer_size: a row group may be larger than memory.
-    with path.open("rb") as disk, parquet.ParquetFile(disk, buffer_size=_READ_BYTES) as file:
+    with (
+        path.open("rb") as disk,
+        parquet.ParquetFile(disk, buffer_size=_READ_BYTES, page_checksum_verification=True) as file,
+    ):
         schema = file.schema_arrow
         if schema.names.count(column) != 1:
             raise VirtualWidthError(_no_key(str(path), column, schema.names))
