@@ -4,6 +4,8 @@ Every variant is compared with a trusted computation first, and one that disagre
 (A B A B), caches are cold for single operations, and times are medians.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -14,25 +16,22 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from megatron_vwn.atomic import write_json
+from megatron_vwn.benchmark import report
+from megatron_vwn.benchmark import table as _benchmark_table
+from megatron_vwn.cli import exit_code, progress_bar
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.ops.costs import OPS, Op, Width
+from megatron_vwn.planner import kernel_times
 
-# Megatron warns that Apex is missing; the table says so: "local layers".
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
-
-from tqdm import tqdm  # noqa: E402
-
-from megatron_vwn.atomic import write_json  # noqa: E402
-from megatron_vwn.benchmark import machine, report  # noqa: E402
-from megatron_vwn.benchmark import table as _benchmark_table  # noqa: E402
-from megatron_vwn.cli import exit_code  # noqa: E402
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.ops.costs import OPS, Op, Width  # noqa: E402
-from megatron_vwn.planner import kernel_times  # noqa: E402
+if TYPE_CHECKING:
+    import torch
 
 PROGRAM = "vwn-benchmark"
 PAIRS = ((2, 3), (1, 4), (4, 16), (1, 8), (4, 32), (8, 64))
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _TOKENS = {"cuda": 8192, "cpu": 256}
 # Layers to compare where the user names no shape; any of Megatron's flags replaces its namesake.
 _SHAPE = {
@@ -58,7 +57,7 @@ without a GPU and of one of D = 2048 with one. Results are written as JSON, with
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; 0, 1 if a variant disagrees or fails, 2 for a refusal, 130 when interrupted."""
+    """Run the program; 0, 1 if a variant disagrees or fails, 2 for a refusal, 128 + the signal that ended it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith(("--compile-only", "--predict")):
         argv.insert(0, "kernels")
@@ -66,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    # Megatron warns that Apex is missing; the table says so: "local layers".
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
     options, rest = _parser().parse_known_args(argv)
     if rest and options.mode not in ("layer", "model"):
         raise VirtualWidthError(f"unknown argument {rest[0]}: see --help.")
@@ -73,11 +74,13 @@ def _run(argv: list[str]) -> int:
 
 
 def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
-    from megatron_vwn.benchmark import kernels
-    from megatron_vwn.benchmark.operations import Problem
-
     if options.compile_only or options.predict:
         return (_predict if options.predict else _compile_only)(options, argv)
+    from tqdm import tqdm
+
+    from megatron_vwn.benchmark import kernels, machine
+    from megatron_vwn.benchmark.operations import Problem
+
     device = _device(options)
     known = kernels.variants()
     wanted = options.variants or list(known)
@@ -85,7 +88,7 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
         raise VirtualWidthError(f"--variants {unknown[0]!r} is none of {', '.join(map(repr, known))}.")
     widths = _widths(options)
     path = _output(options, "kernels", device)
-    dtype, tokens = DTYPES[options.dtype], options.tokens or _TOKENS[device.type]
+    dtype, tokens = _dtype(options), options.tokens or _TOKENS[device.type]
     problems = [
         Problem(op, width, tokens, dtype, device)
         for width in widths
@@ -119,6 +122,8 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
 
 def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
+    import torch
+
     from megatron_vwn.benchmark import compile as compiling
     from megatron_vwn.benchmark.operations import Kernels
 
@@ -132,13 +137,15 @@ def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
     results: list[dict] = []
     # "connection" launches the kernels of read and write.
     for op, width in _without_gpu(options, [op for op in options.ops or OPS if op != "connection"]):
-        results += compiling.compile_problem(Kernels(), op, width, DTYPES[options.dtype], architecture)
+        results += compiling.compile_problem(Kernels(), op, width, _dtype(options), architecture)
     print(report.table(compiling.HEADER, compiling.table_rows(results)))
     return _finish(path, "compile", device, argv, {"architecture": architecture}, results, options)
 
 
 def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
+    import torch
+
     from megatron_vwn.benchmark import predict
     from megatron_vwn.benchmark.model import GPUS
     from megatron_vwn.benchmark.operations import Kernels
@@ -147,7 +154,7 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     if unknown := [name for name in names if name not in GPUS]:
         raise VirtualWidthError(f"--predict {unknown[0]} is none of {', '.join(GPUS)}: choose of them.")
     path = _output(options, f"predict-{'-'.join(names)}", None)
-    tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
+    tokens, dtype = options.tokens or _TOKENS["cuda"], _dtype(options)
     results: list[dict] = []
     for op, width in _without_gpu(options, options.ops or ["write_read"]):
         results += predict.predict_problem(Kernels(), op, width, tokens, dtype, names)
@@ -167,12 +174,11 @@ def _no_interpreter() -> None:
 
 
 def _without_gpu(options: argparse.Namespace, ops: Iterable[Op]) -> Iterator[tuple[Op, Width]]:
-    """What is compiled, with a bar."""
+    """What is compiled, and how far that is."""
     problems = [(op, width) for width in _widths(options) for op in ops if _possible(op, width)]
-    with tqdm(problems, unit="operation", disable=None) as bar:
-        for op, width in bar:
-            bar.set_description(f"{op} ({width.m},{width.n}) D={width.hidden_size}")
-            yield op, width
+    return progress_bar(
+        problems, "compiling", "operation", lambda each: f"{each[0]} ({each[1].m},{each[1].n}) D={each[1].hidden_size}"
+    )
 
 
 def _possible(op: Op, width: Width) -> bool:
@@ -180,6 +186,10 @@ def _possible(op: Op, width: Width) -> bool:
 
 
 def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    from tqdm import tqdm
+
+    from megatron_vwn.benchmark import machine
+
     device = _device(options)
     width, flags = _split_width(rest)
     defaults, recipe_width = _shape(options, device)
@@ -231,6 +241,10 @@ def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
 
 
 def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    import torch
+
+    from megatron_vwn.benchmark import machine
+
     model = options.predict
     if model is None and not machine.has_gpu():
         raise VirtualWidthError(
@@ -244,7 +258,7 @@ def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
     if model is not None and model not in GPUS:
         raise VirtualWidthError(f"--predict {model} is none of {', '.join(GPUS)}: choose one of them.")
     device = torch.device("cuda" if model is None else "meta")
-    tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
+    tokens, dtype = options.tokens or _TOKENS["cuda"], _dtype(options)
     problems = [Problem("write_read", width, tokens, dtype, device) for width in _widths(options)]
     rows = tune.tune(problems, 60 * options.minutes, partial(print, flush=True), gpu=model)
     if model is None:
@@ -283,7 +297,17 @@ def _output(options: argparse.Namespace, mode: str, device: torch.device | None)
     )
 
 
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return getattr(torch, DTYPES[options.dtype])
+
+
 def _device(options: argparse.Namespace) -> torch.device:
+    import torch
+
+    from megatron_vwn.benchmark import machine
+
     name = options.device
     if name == "auto":
         name = "cuda" if machine.has_gpu() else "cpu"
