@@ -68,7 +68,11 @@ def test_flags_are_typed_as_megatron_wants_them():
     assert "--swiglu" in words and "--disable-bias-linear" in words and "--bf16" in words
     assert words[words.index("--window-size") + 1] == "3,0"
     assert words[words.index("--window-attn-skip-freq") + 1] == "[1,0,0,0,1]"
-    assert "--transformer-impl" not in words and "--num-layers" not in words and "--no-bias-gelu-fusion" not in words
+    assert (
+        words[words.index("--transformer-impl") + 1] == "transformer_engine"
+        and "--num-layers" not in words
+        and "--no-bias-gelu-fusion" not in words
+    )
 
 
 OF_MEGATRON = {
