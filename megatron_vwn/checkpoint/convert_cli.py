@@ -89,6 +89,7 @@ def _appearing(options: argparse.Namespace, *sources: Path | None):
 
 def _verify(megatron: Path, hugging_face: Path) -> None:
     """In a process of its own, which may emulate a GPU and ends with all its memory."""
+    print("vwn-convert: running both models to compare their logits.", file=sys.stderr, flush=True)
     program = [sys.executable, "-W", "ignore", "-m", "megatron_vwn.checkpoint.verify"]
     # Ctrl-C reaches this process alone, which then ends the other.
     code = subprocess.run([*program, megatron, hugging_face], process_group=0, preexec_fn=end_with_parent).returncode
@@ -124,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
-        help="name tensors for this backend (default: the one of the run that the folder was converted from)",
+        help="name tensors for this backend (default: the one of the run that the folder was converted from, or what a "
+        "training here chooses)",
     )
     for command in (to, back):
         command.add_argument("--verify", action="store_true", help="run both on the same prompts, compare their logits")
