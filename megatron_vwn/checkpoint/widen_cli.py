@@ -34,7 +34,7 @@ def _widen(options: argparse.Namespace) -> None:
     # Imported when the command line is known: torch and Megatron take seconds.
     import torch
 
-    from megatron_vwn.checkpoint.arguments import command_line, megatron_arguments
+    from megatron_vwn.checkpoint.arguments import backend_here, command_line, megatron_arguments
     from megatron_vwn.checkpoint.convert import write_megatron
     from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole
     from megatron_vwn.checkpoint.torch_dist import TorchDistReader
@@ -55,7 +55,7 @@ def _widen(options: argparse.Namespace) -> None:
     dtype = tensors["model.embed_tokens.weight"].dtype
     model_arguments = megatron_arguments(config) | {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     arguments = arguments | model_arguments | {"params_dtype": dtype}
-    arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl", "transformer_engine")
+    arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl") or backend_here()
     with appearing_whole(options.target, overwrite=options.overwrite, sources=[options.source]) as folder:
         write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=progress_bar)
     further = ""
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
-        help="name tensors for this backend (default: the source's, or transformer_engine)",
+        help="name tensors for this backend (default: that of a Megatron source, or what a training here chooses)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
     return add_arguments(parser)
