@@ -5,6 +5,7 @@ write a checkpoint can run anything where it is read. Metadata need few classes,
 those that Megatron lists for its other format (``megatron.core.safe_globals``).
 """
 
+import inspect
 import io
 import pickle
 import re
@@ -16,29 +17,20 @@ from typing import BinaryIO
 
 import torch
 from megatron.core.safe_globals import SAFE_GLOBALS, register_safe_globals
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, filesystem
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.megatron_fixes.repair import repair
 
+# Beside the classes of torch's own module of metadata, which hold data alone, and dtypes.
 _OF_METADATA = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
     "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},  # as Python 3.13 calls them
 }
 _UNKNOWN_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -47,7 +39,15 @@ def unpickle_known_classes() -> None:
     """Let torch read pickles of a checkpoint by the allow-lists.
 
     What is not on them is refused with a ``VirtualWidthError``, which torch may wrap: see ``refusal_in``.
+
+    Raises:
+        VirtualWidthError: this torch reads metadata in another way, which would not be seen.
     """
+    if "pickle.load(" not in inspect.getsource(filesystem.FileSystemReader.read_metadata):
+        raise VirtualWidthError(
+            f"torch {torch.__version__} reads the metadata of checkpoints otherwise than this package can watch: "
+            "install torch 2.11."
+        )
     register_safe_globals()
     # numpy 1 and 2 write its name in two ways, and read both.
     array = next(each for each in SAFE_GLOBALS if each.__name__ == "_reconstruct")
@@ -74,10 +74,18 @@ def refusal_in(error: BaseException | None) -> VirtualWidthError | None:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        known = name in _OF_METADATA.get(module, ())
-        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if not _is_known(module, name):
             raise VirtualWidthError(_refused("its .metadata", f"{module}.{name}"))
         return super().find_class(module, name)
+
+
+def _is_known(module: str, name: str) -> bool:
+    if module == Metadata.__module__:
+        found = vars(metadata).get(name)
+        return isinstance(found, type) and found.__module__ == module
+    if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+        return True
+    return name in _OF_METADATA.get(module, ())
 
 
 def _load_metadata(stream: BinaryIO) -> Metadata:
@@ -91,14 +99,14 @@ def _load_metadata(stream: BinaryIO) -> Metadata:
 
 
 def _known_metadata(stream: BinaryIO) -> Metadata:
-    metadata = _MetadataUnpickler(stream).load()
-    if not isinstance(metadata, Metadata):
+    found = _MetadataUnpickler(stream).load()
+    if not isinstance(found, Metadata):
         raise pickle.UnpicklingError
-    metadata.state_dict_metadata.items()
-    for name in {info.relative_path for info in metadata.storage_data.values()}:
+    found.state_dict_metadata.items()
+    for name in {info.relative_path for info in found.storage_data.values()}:
         if PurePath(name).name != name:
             raise VirtualWidthError(f"the checkpoint looks for tensors in {name}, outside of its folder: give another.")
-    return metadata
+    return found
 
 
 def _objects_of_known_classes(stock: Callable) -> Callable:
