@@ -77,7 +77,8 @@ def check_config(settings: Mapping[str, object], where: object) -> None:
         if value is not None and not _fits(value, kind):
             raise VirtualWidthError(f"{where} has {name} = {_shown(value)}, which is no {_named(kind)}: correct it.")
         for number in _each(value):
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
+            without = name == "pad_token_id" and number == -1  # as some old models say that they have none
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or without:
                 continue
             if number < 0 or number >= _LARGEST or (number == 0 and name in _POSITIVE):
                 raise VirtualWidthError(f"{where} has {name} = {_shown(value)}, which no model can have: correct it.")
@@ -125,7 +126,7 @@ def _can_be(action: argparse.Action, value: object) -> bool:
     if action.choices is not None:
         return value in action.choices
     if action.nargs == 0:
-        return isinstance(value, bool)
+        return isinstance(value, bool) or (type(value) is type(action.const) and value == action.const)
     if action.type in (int, float):
         return _fits(value, action.type)
     return action.type not in (str, None) or isinstance(value, str)
