@@ -331,7 +331,7 @@ def tokenizer(tmp_path):
     return tmp_path / "tokenizer"
 
 
-def test_tokenizer(saves, tokenizer, tmp_path, capsys):
+def test_tokenizer(saves, tokenizer, tmp_path, capsys, monkeypatch):
     argv = ["to-hf", saves / NAME, tmp_path / "target", "--tokenizer"]
     assert convert.main([str(word) for word in [*argv, tokenizer]]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "target")("It was")["input_ids"] == [1, 2]
@@ -342,7 +342,10 @@ def test_tokenizer(saves, tokenizer, tmp_path, capsys):
     foreign = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
     path.write_text(json.dumps(json.loads(settings) | foreign))
     (tokenizer / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
     refused([*argv, tokenizer], capsys, tmp_path)
+    assert not asked and not (tmp_path / "executed").exists()
     path.write_text(settings)
     truncate(tokenizer / "tokenizer.json")
     assert "cannot be read: give another" in refused([*argv, tokenizer], capsys, tmp_path)
