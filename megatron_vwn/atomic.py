@@ -2,12 +2,14 @@
 
 What is written lies under a hidden name beside its target, on the same file system, and gets the target's name by a
 rename at the end; until then the target is as it was. An exception, Ctrl-C, and SIGTERM in a program that runs in
-``cli.exit_code`` remove the hidden file or folder. Only a killed process leaves it behind.
+``cli.exit_code`` remove the hidden file or folder. What a killed process left behind is removed when its target is
+written again.
 """
 
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A link stays a link, and a file that is replaced hands on its permissions.
     """
     path = path.resolve()
+    _remove_leftovers(path)
     partial = _hidden(path, "partial")
     try:
         yield partial
@@ -55,6 +58,7 @@ def staging_folder(path: Path) -> Iterator[Path]:
     Folders made on the way to it are removed again if nothing else came into them.
     """
     path = path.resolve()
+    _remove_leftovers(path)
     staging = _hidden(path, "partial")
     made = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -113,4 +117,37 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _hidden(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
+    # A file system may be shared with other machines, where the number is another process.
+    return path.with_name(f".{path.name}.{what}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left under hidden names of ``path``; an old folder without successor comes back."""
+    if not path.parent.is_dir():
+        return
+    for what in ("old", "partial"):
+        prefix = f".{path.name}.{what}-"
+        for leftover in [each for each in path.parent.iterdir() if each.name.startswith(prefix)]:
+            host, _, number = leftover.name.removeprefix(prefix).rpartition("-")
+            # Names of earlier releases have no host.
+            if host not in ("", socket.gethostname()) or not number.isdecimal() or _at_work(int(number)):
+                continue
+            if what == "old" and not path.exists():
+                os.replace(leftover, path)
+            elif leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _at_work(process: int) -> bool:
+    """Whether the process is there and may be writing; one with our own number was another before us."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import socket
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -132,20 +135,69 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == ""
     assert cli.exit_code("p", refuse) == cli.REFUSED == 2
     assert capsys.readouterr().err == "p: this cannot be: do that.\n"
-    assert cli.exit_code("p", interrupt) == cli.INTERRUPTED == 130
+    assert cli.exit_code("p", interrupt) == 130
     assert capsys.readouterr().err == "p: interrupted; nothing was written.\n"
 
 
-def test_a_program_that_a_scheduler_ends_leaves_nothing_half_written(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+)
+def test_a_program_that_is_ended_leaves_nothing_half_written(tmp_path, capsys, number, code):
     def write():
         with atomic_file(tmp_path / "file") as partial:
             partial.write_text("half")
-            signal.raise_signal(signal.SIGTERM)
+            try:
+                signal.raise_signal(number)
+            finally:  # a scheduler may say it twice
+                signal.raise_signal(signal.SIGTERM)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    assert cli.exit_code("p", write) == cli.INTERRUPTED
-    assert capsys.readouterr().err == "p: interrupted; nothing was written.\n"
-    assert tree(tmp_path) == {} and signal.getsignal(signal.SIGTERM) is handler
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert cli.exit_code("p", write, "go on") == code
+    assert capsys.readouterr().err == "p: interrupted; go on.\n"
+    assert tree(tmp_path) == {}
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.exit_code("p", lambda: signal.raise_signal(signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def dead():
+    """The number of a process that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path, dead):
+    host = socket.gethostname()
+    for name in (f".x.partial-{dead}", f".x.partial-{host}-{dead}", f".x.partial-{host}-{os.getpid()}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    (tmp_path / f".x.old-{host}-{dead}").mkdir()
+    (tmp_path / f".x.old-{host}-{dead}" / "a").write_text("old")  # killed between two renames
+    (tmp_path / f".file.partial-{host}-{dead}").write_text("half")
+    others = [f".x.partial-elsewhere-{dead}", f".x.partial-{host}-{os.getppid()}", f".xy.partial-{dead}", ".x.partial-"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "x"):
+        assert (tmp_path / "x" / "a").read_text() == "old"
+        raise ValueError
+    with atomic_file(tmp_path / "file") as partial:
+        partial.write_text("whole")
+    assert tree(tmp_path) == {"x": False, "x/a": "old", "file": "whole"} | dict.fromkeys(others, False)
+
+
+def test_progress_is_said_where_nobody_looks(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0)
+    assert list(cli.progress_bar(iter("ab"), "copying", "letter", str.upper)) == ["a", "b"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["copying A: 0 of 2 letters after 0 s", "copying B: 1 of 2 letters after 0 s"]
 
 
 def test_a_program_may_run_in_a_thread():

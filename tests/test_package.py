@@ -1,9 +1,14 @@
 """What ``import megatron_vwn`` offers, and what it leaves unimported."""
 
+import tomllib
+from pathlib import Path
+
 import launch
 import pytest
 
 import megatron_vwn
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(program):
@@ -16,6 +21,21 @@ def test_the_package_alone_imports_neither_torch_nor_megatron():
         "import sys, megatron_vwn\n"
         "megatron_vwn.VirtualWidthConfig(m=2, n=4), dir(megatron_vwn)\n"
         "assert not {'torch', 'megatron', 'triton'} & set(sys.modules), sorted(sys.modules)"
+    )
+
+
+def test_help_imports_neither_torch_nor_megatron():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert len(scripts) >= 7
+    run(
+        "import contextlib, importlib, io, sys\n"
+        f"for entry in {list(scripts.values())}:\n"
+        "    module, _, name = entry.partition(':')\n"
+        "    program = getattr(importlib.import_module(module), name)\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):\n"
+        "        program(['--help'])\n"
+        "    assert said.getvalue().startswith('usage: '), entry\n"
+        "    assert not {'torch', 'megatron', 'triton', 'transformers'} & set(sys.modules), entry"
     )
 
 

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from evaluation import FOLDER, evaluate, quote
 from progress import Clock, RunFailedError, last_checkpoint, run_logged, train
 from recipes import DEFAULT, RECIPES, megatron_flags, this_machine
 from report import summarise
+
+from megatron_vwn.cli import FAILED, exit_code
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = Path("examples/quickstart/data/austen.txt.xz")
@@ -34,7 +35,11 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget what the recipe trained earlier and start over")
     options = parser.parse_args()
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: end the ranks too
+    return exit_code("quickstart", lambda: run(options), "start again to go on from the last checkpoint")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything after the command line; returns the exit code."""
     recipe, machine, results = RECIPES[options.recipe], this_machine(), results_folder(options.recipe)
     baseline, wide, settings = results / "baseline", results / "virtual-width", results / "settings.json"
     evaluation_log = results / "evaluation.txt"
@@ -57,10 +62,7 @@ def main() -> int:
         held_out = evaluate(baseline, wide, f"{DATA}_valid", evaluation_log, clock)
     except RunFailedError as failure:
         print(f"quickstart: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("quickstart: interrupted; start again to go on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return FAILED
     bits = tuple(each["bits_per_byte"] for each in held_out)
     print(summarise(baseline, wide, recipe.virtual_width, machine.tokens_per_step, bits))
     print(quote(["baseline", recipe.virtual_width], held_out))

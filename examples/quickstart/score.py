@@ -29,7 +29,7 @@ def main(prefix: str, *runs: str) -> None:
         results = {
             "bits_per_byte": bits_per_byte(model, text, model.config.max_position_embeddings),
             "prompt": PROMPT,
-            "paragraph": paragraph(model, AutoTokenizer.from_pretrained(run / FOLDER)),
+            "paragraph": paragraph(model, AutoTokenizer.from_pretrained(run / FOLDER, trust_remote_code=False)),
         }
         (run / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
 

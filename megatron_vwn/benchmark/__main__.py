@@ -4,35 +4,31 @@ Every variant is compared with a trusted computation first, and one that disagre
 (A B A B), caches are cold for single operations, and times are medians.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from megatron_vwn.atomic import write_json
+from megatron_vwn.benchmark import report
+from megatron_vwn.benchmark import table as _benchmark_table
+from megatron_vwn.benchmark.arguments import DTYPES, PROGRAM, parser
+from megatron_vwn.cli import exit_code, progress_bar
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.ops.costs import OPS, Op, Width
+from megatron_vwn.planner import kernel_times
 
-# Megatron warns that Apex is missing; the table says so: "local layers".
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
+if TYPE_CHECKING:
+    import torch
 
-from tqdm import tqdm  # noqa: E402
-
-from megatron_vwn.atomic import write_json  # noqa: E402
-from megatron_vwn.benchmark import machine, report  # noqa: E402
-from megatron_vwn.benchmark import table as _benchmark_table  # noqa: E402
-from megatron_vwn.cli import exit_code  # noqa: E402
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.ops.costs import OPS, Op, Width  # noqa: E402
-from megatron_vwn.planner import kernel_times  # noqa: E402
-
-PROGRAM = "vwn-benchmark"
-PAIRS = ((2, 3), (1, 4), (4, 16), (1, 8), (4, 32), (8, 64))
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TOKENS = {"cuda": 8192, "cpu": 256}
 # Layers to compare where the user names no shape; any of Megatron's flags replaces its namesake.
 _SHAPE = {
@@ -42,23 +38,9 @@ _SHAPE = {
 }
 _DEPTH = {"layer": "*-", "model": "*-*-"}
 
-EPILOG = """\
-examples
-  vwn-benchmark kernels --pairs 4,16 8,64 --hidden-size 2048
-  vwn-benchmark --compile-only sm_90
-  vwn-benchmark --predict h200 --pairs 4,16 --hidden-size 2048
-  vwn-benchmark layer --recipe moe-a3.3b --recompute-block 4 8
-  vwn-benchmark model --vwn-m 4 --vwn-n 16 --hidden-size 1024 --hybrid-layer-pattern '*-*-*-*-' ...
-  vwn-benchmark tune --pairs 4,32 --minutes 10
-  vwn-benchmark table
-
-layer and model take Megatron's flags; those they are not given come from --recipe, or are those of a small layer
-without a GPU and of one of D = 2048 with one. Results are written as JSON, with hardware, versions and commit.
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; 0, 1 if a variant disagrees or fails, 2 for a refusal, 130 when interrupted."""
+    """Run the program; 0, 1 if a variant disagrees or fails, 2 for a refusal, 128 + the signal that ended it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith(("--compile-only", "--predict")):
         argv.insert(0, "kernels")
@@ -66,18 +48,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    options, rest = _parser().parse_known_args(argv)
+    # Megatron warns that Apex is missing; the table says so: "local layers".
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
+    options, rest = parser(__doc__.splitlines()[0]).parse_known_args(argv)
     if rest and options.mode not in ("layer", "model"):
         raise VirtualWidthError(f"unknown argument {rest[0]}: see --help.")
     return _MODES[options.mode](options, rest, argv)
 
 
 def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
-    from megatron_vwn.benchmark import kernels
-    from megatron_vwn.benchmark.operations import Problem
-
     if options.compile_only or options.predict:
         return (_predict if options.predict else _compile_only)(options, argv)
+    from tqdm import tqdm
+
+    from megatron_vwn.benchmark import kernels, machine
+    from megatron_vwn.benchmark.operations import Problem
+
     device = _device(options)
     known = kernels.variants()
     wanted = options.variants or list(known)
@@ -85,7 +71,7 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
         raise VirtualWidthError(f"--variants {unknown[0]!r} is none of {', '.join(map(repr, known))}.")
     widths = _widths(options)
     path = _output(options, "kernels", device)
-    dtype, tokens = DTYPES[options.dtype], options.tokens or _TOKENS[device.type]
+    dtype, tokens = _dtype(options), options.tokens or _TOKENS[device.type]
     problems = [
         Problem(op, width, tokens, dtype, device)
         for width in widths
@@ -119,6 +105,8 @@ def _kernels(options: argparse.Namespace, rest: list[str], argv: list[str]) -> i
 
 def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
+    import torch
+
     from megatron_vwn.benchmark import compile as compiling
     from megatron_vwn.benchmark.operations import Kernels
 
@@ -132,13 +120,15 @@ def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
     results: list[dict] = []
     # "connection" launches the kernels of read and write.
     for op, width in _without_gpu(options, [op for op in options.ops or OPS if op != "connection"]):
-        results += compiling.compile_problem(Kernels(), op, width, DTYPES[options.dtype], architecture)
+        results += compiling.compile_problem(Kernels(), op, width, _dtype(options), architecture)
     print(report.table(compiling.HEADER, compiling.table_rows(results)))
     return _finish(path, "compile", device, argv, {"architecture": architecture}, results, options)
 
 
 def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
+    import torch
+
     from megatron_vwn.benchmark import predict
     from megatron_vwn.benchmark.model import GPUS
     from megatron_vwn.benchmark.operations import Kernels
@@ -147,7 +137,7 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     if unknown := [name for name in names if name not in GPUS]:
         raise VirtualWidthError(f"--predict {unknown[0]} is none of {', '.join(GPUS)}: choose of them.")
     path = _output(options, f"predict-{'-'.join(names)}", None)
-    tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
+    tokens, dtype = options.tokens or _TOKENS["cuda"], _dtype(options)
     results: list[dict] = []
     for op, width in _without_gpu(options, options.ops or ["write_read"]):
         results += predict.predict_problem(Kernels(), op, width, tokens, dtype, names)
@@ -167,12 +157,11 @@ def _no_interpreter() -> None:
 
 
 def _without_gpu(options: argparse.Namespace, ops: Iterable[Op]) -> Iterator[tuple[Op, Width]]:
-    """What is compiled, with a bar."""
+    """What is compiled, and how far that is."""
     problems = [(op, width) for width in _widths(options) for op in ops if _possible(op, width)]
-    with tqdm(problems, unit="operation", disable=None) as bar:
-        for op, width in bar:
-            bar.set_description(f"{op} ({width.m},{width.n}) D={width.hidden_size}")
-            yield op, width
+    return progress_bar(
+        problems, "compiling", "operation", lambda each: f"{each[0]} ({each[1].m},{each[1].n}) D={each[1].hidden_size}"
+    )
 
 
 def _possible(op: Op, width: Width) -> bool:
@@ -180,6 +169,10 @@ def _possible(op: Op, width: Width) -> bool:
 
 
 def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    from tqdm import tqdm
+
+    from megatron_vwn.benchmark import machine
+
     device = _device(options)
     width, flags = _split_width(rest)
     defaults, recipe_width = _shape(options, device)
@@ -231,6 +224,10 @@ def _steps(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
 
 
 def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    import torch
+
+    from megatron_vwn.benchmark import machine
+
     model = options.predict
     if model is None and not machine.has_gpu():
         raise VirtualWidthError(
@@ -244,7 +241,7 @@ def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
     if model is not None and model not in GPUS:
         raise VirtualWidthError(f"--predict {model} is none of {', '.join(GPUS)}: choose one of them.")
     device = torch.device("cuda" if model is None else "meta")
-    tokens, dtype = options.tokens or _TOKENS["cuda"], DTYPES[options.dtype]
+    tokens, dtype = options.tokens or _TOKENS["cuda"], _dtype(options)
     problems = [Problem("write_read", width, tokens, dtype, device) for width in _widths(options)]
     rows = tune.tune(problems, 60 * options.minutes, partial(print, flush=True), gpu=model)
     if model is None:
@@ -283,7 +280,17 @@ def _output(options: argparse.Namespace, mode: str, device: torch.device | None)
     )
 
 
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return getattr(torch, DTYPES[options.dtype])
+
+
 def _device(options: argparse.Namespace) -> torch.device:
+    import torch
+
+    from megatron_vwn.benchmark import machine
+
     name = options.device
     if name == "auto":
         name = "cuda" if machine.has_gpu() else "cpu"
@@ -349,128 +356,6 @@ def _shape(options: argparse.Namespace, device: torch.device) -> tuple[list[str]
     words = [word for key, value in model.items() for word in typed(key, value)]
     width = [word for key, value in sections["virtual_width"].items() for word in typed(key, value)]
     return [*words, "--micro-batch-size", "1", *pattern], width
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one sentence."""
-
-    def error(self, message: str):
-        raise VirtualWidthError(f"{message}: see {self.prog} --help.")
-
-
-def _pair(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+),(\d+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair m,n such as 4,16")
-    return int(found[1]), int(found[2])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=PROGRAM,
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
-
-    kernels = _mode(modes, "kernels", "single operations against their floor, torch.compile and mHC's kernels")
-    _sizes(kernels, [2048, 4096], "8192 on a GPU, 256 on a CPU")
-    kernels.add_argument(
-        "--ops",
-        nargs="+",
-        choices=OPS,
-        metavar="OP",
-        help=f"of {', '.join(OPS)} (default: all; of --predict: write_read)",
-    )
-    kernels.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
-    kernels.add_argument(
-        "--compile-only",
-        metavar="ARCH",
-        help="compile the kernels for sm_90 (sm_80, sm_100), which needs no GPU, and print registers and spills",
-    )
-    kernels.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="GPU",
-        help="compile the kernels and predict their times on an h200 or h100 by a model; needs no GPU",
-    )
-    kernels.add_argument(
-        "--for-planner", action="store_true", help="with --predict: make vwn-plan use it for write_read"
-    )
-    _measuring(kernels, rounds=21)
-
-    for name, what in (("layer", "an ordinary layer and the same with a virtual width"), ("model", "whole models")):
-        mode = _mode(modes, name, f"{what}: time and memory of a step; takes Megatron's and --vwn-* flags")
-        mode.add_argument("--recipe", metavar="NAME", help="shape and virtual width of a recipe's repeated layer")
-        mode.add_argument(
-            "--recompute-block", type=_positive, nargs="+", default=[4], metavar="K", help="values to try (default: 4)"
-        )
-        _measuring(mode, rounds=9)
-
-    tune = _mode(
-        modes, "tune", "find the fastest tiles of the kernels on this machine's GPU; they are used from then on"
-    )
-    _sizes(tune, [2048], "8192")
-    tune.add_argument("--predict", metavar="GPU", help="ask the model of an h200 or h100, and write nothing")
-    tune.add_argument("--minutes", type=_positive, default=15, metavar="M", help="at most (default: %(default)s)")
-
-    table = _mode(modes, "table", "what r costs: floors, predictions and committed measurements, as Markdown")
-    for field, value in vars(_benchmark_table.Rates()).items():
-        table.add_argument(
-            f"--{field.replace('_', '-')}",
-            type=type(value),
-            default=value,
-            metavar="X",
-            help="default: %(default)g" if isinstance(value, float) else "default: %(default)s",
-        )
-    table.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR", help="committed results")
-    return parser
-
-
-def _mode(modes, name: str, what: str) -> argparse.ArgumentParser:
-    return modes.add_parser(name, help=what, description=what, allow_abbrev=False)
-
-
-def _sizes(parser: argparse.ArgumentParser, hidden_sizes: list[int], tokens: str) -> None:
-    """Which operations' sizes are looked at."""
-    parser.add_argument("--pairs", type=_pair, nargs="+", default=PAIRS, metavar="M,N", help="default: six of them")
-    parser.add_argument(
-        "--hidden-size",
-        type=_positive,
-        nargs="+",
-        default=hidden_sizes,
-        metavar="D",
-        help=f"default: {' '.join(map(str, hidden_sizes))}",
-    )
-    parser.add_argument("--tokens", type=_positive, metavar="T", help=f"default: {tokens}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-
-
-def _measuring(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    """What all modes that measure have."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument(
-        "--rounds", type=_positive, default=rounds, help="samples of each variant (default: %(default)s)"
-    )
-    parser.add_argument("--warmup", type=_positive, default=3, help="rounds before them (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="default: results/MODE-DEVICE.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
-    parser.add_argument(
-        "--commit-results",
-        action="store_true",
-        help="write to megatron_vwn/benchmark/results instead",
-    )
-    parser.add_argument("--commit", metavar="HASH", help="what to record where there is no git checkout")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_vwn.benchmark import machine
 from megatron_vwn.config import VirtualWidthError
 
 SCHEMA = 1
@@ -26,6 +25,8 @@ def report(mode: str, device, arguments: Sequence[str], settings: dict, results:
         results: one dictionary per row: what was run, ``status``, ``reason`` unless measured, ``seconds`` if measured.
         commit: see ``machine.commit``.
     """
+    from megatron_vwn.benchmark import machine  # which imports torch
+
     return {
         "program": "vwn-benchmark",
         "schema": SCHEMA,
@@ -50,6 +51,8 @@ def choose_path(output: Path | None, mode: str, device, *, committed: bool, over
         committed: whether the file belongs among those of the repository.
         overwrite: whether an existing file may be replaced.
     """
+    from megatron_vwn.benchmark import machine
+
     words = mode if device is None else f"{mode} {machine.device_name(device)}"
     name = f"{re.sub('[^a-z0-9_]+', '-', words.lower()).strip('-')}.json"
     path = output or (RESULTS / name if committed else Path("results") / name)

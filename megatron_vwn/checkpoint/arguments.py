@@ -8,8 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 
+import torch
+
+from megatron_vwn.checkpoint.settings import check_config
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.hf import VWNConfig
+from megatron_vwn.training.flags.machine import needed_flags
 
 # Fields of VWNConfig and the arguments that mean the same.
 _SAME = {
@@ -93,7 +97,7 @@ def hf_config(args: argparse.Namespace) -> VWNConfig:
         )
     # A checkpoint may be older than the latest of these settings.
     width = {name: getattr(args, name) for name in VIRTUAL_WIDTH if hasattr(args, name)}
-    return valid_config(**backbone(args), **width)
+    return valid_config("the checkpoint", **backbone(args), **width)
 
 
 def backbone(args: argparse.Namespace) -> dict[str, object]:
@@ -102,6 +106,18 @@ def backbone(args: argparse.Namespace) -> dict[str, object]:
     Raises:
         VirtualWidthError: for a model that the Hugging Face model cannot express.
     """
+    try:
+        return _backbone(args)
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, VirtualWidthError):
+            raise
+        raise VirtualWidthError(
+            "the checkpoint's arguments of its run lack some of the model's, or have values of another kind: give one "
+            "that megatron_vwn.training.pretrain saved."
+        ) from error
+
+
+def _backbone(args: argparse.Namespace) -> dict[str, object]:
     for name, harmless in _WITHOUT_COUNTERPART.items():
         if getattr(args, name, harmless) not in (harmless, None):
             raise VirtualWidthError(
@@ -182,12 +198,21 @@ def megatron_arguments(config: VWNConfig) -> dict[str, object]:
     }
 
 
-def valid_config(**settings) -> VWNConfig:
-    """A VWNConfig, whose refusals are VirtualWidthErrors."""
+def valid_config(where: object, **settings) -> VWNConfig:
+    """A VWNConfig, whose refusals are VirtualWidthErrors.
+
+    Args:
+        where: the settings come from, for the sentence.
+        settings: the fields.
+    """
+    check_config(settings, where)
     try:
         return VWNConfig(**settings)
     except ValueError as error:
-        raise VirtualWidthError(f"the Hugging Face model cannot be described: {error}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise VirtualWidthError(f"{where} describes no model: {reason}.") from error
+    except Exception as error:  # whatever settings of transformers provoke
+        raise VirtualWidthError(f"{where} describes no model that transformers knows: correct it.") from error
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:
@@ -274,19 +299,28 @@ def _window_flags(config: VWNConfig) -> dict[str, object]:
     return {"window_size": (config.sliding_window - 1, 0), "window_attn_skip_freq": skip}
 
 
+def backend_here() -> str:
+    """The ``--transformer-impl`` that a training chooses on this machine."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    needed = needed_flags(gpu=torch.cuda.is_available(), transformer_engine=HAVE_TE)
+    return next((each.value for each in needed if each.flag == "--transformer-impl"), "transformer_engine")
+
+
 def command_line(arguments: Mapping[str, object]) -> list[str]:
     """The flags that make Megatron's parser return these arguments: what differs from its defaults, and no more.
+
+    The backend is typed in any case: tensors are named for it, and a training may choose another one by itself.
 
     Args:
         arguments: values by the names of parsed arguments, such as ``megatron_arguments`` gives; without
             ``--group-query-attention`` and biases, what Megatron derives from their absence is left out.
     """
     # Here, because only training on needs the parser, and importing it imports all of Megatron.
-    from megatron.training.arguments import add_megatron_arguments
-
+    from megatron_vwn.training.flags.defaults import megatron_parser
     from megatron_vwn.training.flags.vwn import add_arguments
 
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = add_arguments(megatron_parser())
     wanted = {name: value for name, value in arguments.items() if name not in _SAID_BY_THE_PATTERN}
     if not wanted.get("group_query_attention"):
         wanted.pop("num_query_groups", None)
@@ -295,7 +329,8 @@ def command_line(arguments: Mapping[str, object]) -> list[str]:
     words, said = [], set()
     for action in parser._actions:
         name = action.dest
-        if name in said or name not in wanted or wanted[name] in (action.default, None, ()):
+        by_default = wanted.get(name) in (action.default, None, ()) and name != "transformer_impl"
+        if name in said or name not in wanted or by_default:
             continue
         said.add(name)
         words += _typed(action, wanted[name])

@@ -5,24 +5,23 @@ anything is written.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_vwn.checkpoint import mapping
-from megatron_vwn.checkpoint.arguments import hf_config, megatron_arguments
+from megatron_vwn.checkpoint.arguments import backend_here, hf_config, megatron_arguments, valid_config
 from megatron_vwn.checkpoint.folders import SafetensorsReader, SafetensorsWriter, copy_tokenizer
 from megatron_vwn.checkpoint.model_card import ARGUMENTS, write_model_card
+from megatron_vwn.checkpoint.settings import check_arguments, read_object
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, write_torch_dist
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
-from megatron_vwn.training.flags.defaults import megatron_defaults
+from megatron_vwn.training.flags.defaults import megatron_defaults, megatron_parser
 
 SPECIAL_TOKENS = "hugging_face_special_tokens"
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -89,8 +88,8 @@ def from_hf(
     Args:
         source: the Hugging Face folder.
         folder: an existing, empty folder.
-        transformer_engine: name tensors as its layers do; None as in the run that the folder was converted from, or
-            Transformer Engine's if it was not.
+        transformer_engine: name tensors as its layers do; None as in the run that the folder was converted from, or as
+            a training here would choose if it was not.
         progress: see Progress.
 
     Returns:
@@ -100,12 +99,13 @@ def from_hf(
         VirtualWidthError: tensors are missing, left over or of another shape; Megatron cannot express the model.
     """
     config = read_config(source)
+    of_the_model = megatron_arguments(config)
     check_tensors(source.tensors, expected_hf_tensors(config), source.folder)
     saved = _arguments_of_the_run(source.folder)
     if transformer_engine is None:
-        transformer_engine = saved.get("transformer_impl", "transformer_engine") == "transformer_engine"
+        transformer_engine = (saved.get("transformer_impl") or backend_here()) == "transformer_engine"
     dtype = source.tensors["model.embed_tokens.weight"].dtype
-    arguments = megatron_arguments(config) | {
+    arguments = of_the_model | {
         "transformer_impl": "transformer_engine" if transformer_engine else "local",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -172,29 +172,33 @@ def read_config(source: SafetensorsReader) -> VWNConfig:
     Raises:
         VirtualWidthError: for another model, or settings that no model can have.
     """
-    if source.config.get("model_type") != VWNConfig.model_type:
+    path, settings = source.folder / "config.json", source.config
+    if settings.get("model_type") != VWNConfig.model_type:
         raise VirtualWidthError(
-            f"{source.folder} is a {source.config.get('model_type')} model, not vwn: give it a virtual width with "
-            "vwn-widen."
+            f"{source.folder} is a {settings.get('model_type')} model, not vwn: give it a virtual width with vwn-widen."
         )
     # Fields of a newer transformers are its own affair; one of ours that is not known would change the function.
     names = {field.name for field in fields(VWNConfig)}
-    if unknown := [key for key in source.config if key.startswith("vwn_") and key not in names]:
+    if unknown := [key for key in settings if key.startswith("vwn_") and key not in names]:
         raise VirtualWidthError(
-            f"{source.folder / 'config.json'} has {_listed(unknown)}, which this version does not know: install a "
-            "newer megatron_vwn."
+            f"{path} has {_listed(unknown)}, which this version does not know: install a newer megatron_vwn."
         )
-    try:
-        return VWNConfig(**{key: value for key, value in source.config.items() if key != "model_type"})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise VirtualWidthError(f"{source.folder / 'config.json'} describes no model: {reason}.") from error
+    return valid_config(path, **{key: value for key, value in settings.items() if key != "model_type"})
 
 
 def expected_hf_tensors(config: VWNConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a Hugging Face model of this configuration stores."""
-    with torch.device("meta"):
-        model = VWNForCausalLM(config)
+    """Names and shapes of what a Hugging Face model of this configuration stores.
+
+    Raises:
+        VirtualWidthError: no such model can be built.
+    """
+    try:
+        with torch.device("meta"):
+            model = VWNForCausalLM(config)
+    except Exception as error:  # whatever sizes and names provoke that fit one by one
+        raise VirtualWidthError(
+            "the settings of the model describe none that can be built: correct its sizes."
+        ) from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in tied}
 
@@ -202,7 +206,7 @@ def expected_hf_tensors(config: VWNConfig) -> dict[str, tuple[int, ...]]:
 def _take_special_tokens(config: VWNConfig, folder: Path, tokenizer: Path) -> None:
     """generate() stops by the configuration's tokens, not by the tokenizer's."""
     try:
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever its files provoke
         raise VirtualWidthError(
             f"the tokenizer of {tokenizer} cannot be read: give another with --tokenizer."
@@ -223,10 +227,8 @@ def _arguments_of_the_run(folder: Path) -> dict[str, object]:
     path = folder / ARGUMENTS
     if not path.exists():
         return {}
-    try:
-        saved = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise VirtualWidthError(f"{path} is damaged: remove it, and Megatron's defaults are taken.") from error
+    saved = read_object(path)
+    check_arguments(saved, megatron_parser(), path)
     return {name: value for name, value in saved.items() if name in megatron_defaults()}
 
 

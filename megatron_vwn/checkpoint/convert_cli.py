@@ -4,6 +4,8 @@ vwn-convert to-hf   MEGATRON FOLDER [--tokenizer DIR] [--verify]
 vwn-convert from-hf FOLDER MEGATRON [--verify]
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import shlex
@@ -11,17 +13,13 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# Warnings about a missing Apex and about a single process concern training, not a conversion.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+from megatron_vwn.cli import DIFFERENT, FAILED, end_with_parent, exit_code, progress_bar
+from megatron_vwn.config import VirtualWidthError
 
-from megatron_vwn.checkpoint.arguments import command_line  # noqa: E402
-from megatron_vwn.checkpoint.convert import from_hf, to_hf  # noqa: E402
-from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
-from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from megatron_vwn.cli import DIFFERENT, FAILED, exit_code, progress_bar  # noqa: E402
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
+if TYPE_CHECKING:
+    from megatron_vwn.checkpoint.torch_dist import TorchDistReader
 
 
 class _Difference(Exception):
@@ -32,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one conversion; returns the exit code."""
     options = _parser().parse_args(argv)
     program = _to_hf if options.command == "to-hf" else _from_hf
+    quiet_imports()
     try:
         return exit_code("vwn-convert", lambda: program(options))
     except _Difference as difference:
@@ -39,7 +38,17 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
 
 
+def quiet_imports() -> None:
+    """Keep Megatron from warning of a missing Apex and a single process, which concern training, not a conversion."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def _to_hf(options: argparse.Namespace) -> None:
+    # Imported when the command line is known: torch and Megatron take seconds.
+    from megatron_vwn.checkpoint.convert import to_hf
+    from megatron_vwn.checkpoint.torch_dist import TorchDistReader
+
     source = TorchDistReader(options.source)
     tokenizer = options.tokenizer or _tokenizer_of(source)
     with _appearing(options, options.source, tokenizer) as folder:
@@ -58,6 +67,10 @@ def _to_hf(options: argparse.Namespace) -> None:
 
 
 def _from_hf(options: argparse.Namespace) -> None:
+    from megatron_vwn.checkpoint.arguments import command_line
+    from megatron_vwn.checkpoint.convert import from_hf
+    from megatron_vwn.checkpoint.folders import SafetensorsReader
+
     source = SafetensorsReader(options.source)
     engine = None if options.transformer_impl is None else options.transformer_impl == "transformer_engine"
     with _appearing(options, options.source) as folder:
@@ -69,13 +82,17 @@ def _from_hf(options: argparse.Namespace) -> None:
 
 
 def _appearing(options: argparse.Namespace, *sources: Path | None):
+    from megatron_vwn.checkpoint.folders import appearing_whole
+
     return appearing_whole(options.target, overwrite=options.overwrite, sources=sources)
 
 
 def _verify(megatron: Path, hugging_face: Path) -> None:
     """In a process of its own, which may emulate a GPU and ends with all its memory."""
+    print("vwn-convert: running both models to compare their logits.", file=sys.stderr, flush=True)
     program = [sys.executable, "-W", "ignore", "-m", "megatron_vwn.checkpoint.verify"]
-    code = subprocess.run([*program, megatron, hugging_face]).returncode
+    # Ctrl-C reaches this process alone, which then ends the other.
+    code = subprocess.run([*program, megatron, hugging_face], process_group=0, preexec_fn=end_with_parent).returncode
     if code == DIFFERENT:
         raise _Difference("the two checkpoints do not compute the same: nothing was written.")
     if code:
@@ -108,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
-        help="name tensors for this backend (default: the one of the run that the folder was converted from)",
+        help="name tensors for this backend (default: the one of the run that the folder was converted from, or what a "
+        "training here chooses)",
     )
     for command in (to, back):
         command.add_argument("--verify", action="store_true", help="run both on the same prompts, compare their logits")

@@ -1,10 +1,11 @@
 """Output folders that appear whole or not at all, and Hugging Face folders read and written one tensor at a time."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vwn.atomic import atomic_folder
-from megatron_vwn.checkpoint.torch_dist import TRACKER, TensorInfo
+from megatron_vwn.checkpoint.model_card import ARGUMENTS
+from megatron_vwn.checkpoint.settings import read_object
+from megatron_vwn.checkpoint.torch_dist import RELEASE, TRACKER, TensorInfo
 from megatron_vwn.config import VirtualWidthError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,13 +33,31 @@ _TOKENIZER = (
 )
 
 
+# What converted folders consist of, those of earlier releases too.
+_WRITTEN = {
+    "config.json",
+    "configuration_vwn.py",
+    "modeling_vwn.py",
+    "README.md",
+    ARGUMENTS,
+    _SINGLE,
+    _INDEX,
+    *_TOKENIZER,
+    TRACKER,
+    RELEASE,
+    f"{RELEASE}/.metadata",
+    f"{RELEASE}/metadata.json",
+}
+_WRITTEN_PARTS = re.compile(rf"model-\d{{5}}-of-\d{{5}}\.safetensors|{RELEASE}/__\d+_\d+\.distcp")
+
+
 @contextmanager
 def appearing_whole(folder: Path, *, overwrite: bool, sources: Iterable[Path | None] = ()) -> Iterator[Path]:
     """A temporary folder that takes its final name when the block ends, and vanishes if the block fails.
 
     Args:
         folder: the final name; an empty folder may stand there.
-        overwrite: whether a converted folder of that name may be replaced.
+        overwrite: whether a folder of that name may be replaced that a conversion wrote, and nothing else is in.
         sources: folders that are read and must survive.
 
     Raises:
@@ -59,8 +80,16 @@ def _check_target(folder: Path, overwrite: bool, sources: list[Path]) -> None:
         return
     if not overwrite or not folder.is_dir():
         raise VirtualWidthError(f"{folder} exists: give another name, or --overwrite to replace it.")
-    if not any((folder / name).exists() for name in ("config.json", TRACKER)):
+    if not any((folder / name).exists() for name in (ARGUMENTS, TRACKER)):
         raise VirtualWidthError(f"{folder} is no converted checkpoint and is not replaced: give another name.")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (name in _WRITTEN or _WRITTEN_PARTS.fullmatch(name)):
+            raise VirtualWidthError(
+                f"{folder} holds {name}, which no conversion wrote, and is not replaced: move it or give another name."
+            )
+    if (folder / TRACKER).exists() and (folder / TRACKER).read_text(errors="replace") != RELEASE:
+        raise VirtualWidthError(f"{folder} holds checkpoints of a run and is not replaced: give another name.")
 
 
 class SafetensorsReader:
@@ -77,14 +106,8 @@ class SafetensorsReader:
         self.folder = folder
         if not (folder / "config.json").exists():
             raise VirtualWidthError(f"{folder} is no Hugging Face checkpoint (config.json is missing): give another.")
-        try:
-            self.config = dict(json.loads((folder / "config.json").read_text()))
-            if (folder / _INDEX).exists():
-                files = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
-            else:
-                files = {_SINGLE}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(error) from error
+        self.config = read_object(folder / "config.json")
+        files = _indexed_files(folder / _INDEX) if (folder / _INDEX).exists() else {_SINGLE}
         self._file_of: dict[str, Path] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in sorted(files):
@@ -115,6 +138,17 @@ class SafetensorsReader:
 
     def _damaged(self, error: Exception) -> VirtualWidthError:
         return VirtualWidthError(f"the checkpoint {self.folder} cannot be read ({error}): it is damaged, give another.")
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """The files that an index names; they lie beside it, as links at most, which the hub's cache consists of."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise VirtualWidthError(f"{index} has no weight_map of tensors: it is damaged, give another.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", "..") or PurePath(name).name != name:
+            raise VirtualWidthError(f"{index} names {name!r}, which is no file beside it: give another checkpoint.")
+    return set(weight_map.values())
 
 
 _DTYPES = {

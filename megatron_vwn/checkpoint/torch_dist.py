@@ -26,9 +26,13 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from megatron_vwn.checkpoint.settings import read_object
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.megatron_fixes.pickles import refusal_in, unpickle_known_classes
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""What the tracker says, and what the checkpoint's folder is called, of weights without an optimizer."""
 _METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 # What the file system, pickle, zip and torch report of damaged files; a CheckpointException is no Exception.
@@ -58,6 +62,7 @@ class TorchDistReader:
 
     def __init__(self, folder: Path):
         self.folder = _checkpoint_folder(folder)
+        unpickle_known_classes()
         try:
             self._reader = _CachedReader(self.folder)
             entries = self._reader.read_metadata().state_dict_metadata
@@ -81,7 +86,7 @@ class TorchDistReader:
             state = load_common_state_dict(self.folder)
         except _DAMAGE as error:
             raise _unreadable(self.folder, error) from error
-        if "args" not in state:
+        if not isinstance(state, dict) or not isinstance(state.get("args"), argparse.Namespace):
             raise VirtualWidthError(f"{self.folder} has no arguments of its run: save it with Megatron's pretrain().")
         return state["args"]
 
@@ -116,7 +121,7 @@ def write_torch_dist(
         objects: keys of the ``_extra_state`` entries that Megatron's layers ask for; they are empty.
         common: what Megatron saves once for all ranks, ``args`` among it.
     """
-    release = folder / "release"
+    release = folder / RELEASE
     release.mkdir(parents=True)
     state: dict[str, object] = {key: info.empty("meta") for key, info in tensors.items()}
     state |= {key: [None] for key in objects}
@@ -128,7 +133,7 @@ def write_torch_dist(
         ((cause, _),) = error.failures.values()
         raise (OSError(str(cause)) if isinstance(cause, RuntimeError) else cause) from None
     (release / "metadata.json").write_text(json.dumps(_METADATA))
-    (folder / TRACKER).write_text("release")
+    (folder / TRACKER).write_text(RELEASE)
 
 
 class _CachedReader(FileSystemReader):
@@ -159,27 +164,27 @@ def _checkpoint_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise VirtualWidthError(f"{folder} is no folder: give the one that --save named.")
     if (folder / TRACKER).exists():
-        last = (folder / TRACKER).read_text().strip()
-        if last != "release" and not last.isdecimal():
-            raise VirtualWidthError(f"{folder / TRACKER} names no checkpoint but {last!r}: give the checkpoint itself.")
-        folder = folder / (last if last == "release" else f"iter_{int(last):07d}")
+        last = (folder / TRACKER).read_text(errors="replace").strip()
+        if last != RELEASE and not re.fullmatch(r"[0-9]{1,18}", last):
+            raise VirtualWidthError(
+                f"{folder / TRACKER} names no checkpoint but {last[:40]!r}: give the checkpoint itself."
+            )
+        folder = folder / (last if last == RELEASE else f"iter_{int(last):07d}")
     for name, what in (("metadata.json", "no complete torch_dist checkpoint"), (".metadata", "half a checkpoint")):
         if not (folder / name).exists():
             raise VirtualWidthError(f"{folder} is {what} ({name} is missing): give another.")
-    try:
-        backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _unreadable(folder, error) from error
-    if backend != "torch_dist":
+    if read_object(folder / "metadata.json").get("sharded_backend") != "torch_dist":
         raise VirtualWidthError(f"{folder} is not in the format torch_dist: save it with --ckpt-format torch_dist.")
     return folder
 
 
 def _unreadable(folder: Path, error: BaseException) -> VirtualWidthError:
-    if isinstance(error, CheckpointException) and any(
-        isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()
-    ):
-        raise KeyboardInterrupt from None
+    if isinstance(error, CheckpointException):
+        for cause, _ in error.failures.values():
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+    if (refusal := refusal_in(error)) is not None:
+        return VirtualWidthError(f"{folder}: {refusal}")
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else type(error).__name__
     return VirtualWidthError(f"the checkpoint {folder} cannot be read ({reason}): it is damaged, give another.")

@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint import mapping  # noqa: E402
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from megatron_vwn.cli import DIFFERENT, REFUSED  # noqa: E402
+from megatron_vwn.cli import DIFFERENT, exit_code, progress_bar  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.hf import VWNConfig  # noqa: E402
 from megatron_vwn.hf.modeling_vwn import VWNRouter  # noqa: E402
@@ -149,12 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     disable_progress_bar()
-    try:
-        same = compare(options.megatron, options.hugging_face)
-    except VirtualWidthError as refusal:
-        print(f"verify: {refusal}", file=sys.stderr)
-        return REFUSED
-    return 0 if same else DIFFERENT
+    return exit_code("verify", lambda: 0 if compare(options.megatron, options.hugging_face) else DIFFERENT)
 
 
 @torch.no_grad()
@@ -165,16 +160,22 @@ def compare(megatron: Path, hugging_face: Path) -> bool:
         Whether all of them are within TOLERANCE.
     """
     reader = TorchDistReader(megatron)
-    config = AutoConfig.from_pretrained(hugging_face)
+    config = AutoConfig.from_pretrained(hugging_face, trust_remote_code=False)
     prompts = _prompts(hugging_face, config)
     own = reader.tensors["embedding.word_embeddings.weight"].dtype
     same = True
+    programs = {
+        "Megatron": lambda dtype: _run_megatron(reader, config, prompts, dtype),
+        "Hugging Face": lambda dtype: _run_hugging_face(hugging_face, prompts, dtype),
+    }
+    steps = [(dtype, name) for dtype in dict.fromkeys((own, torch.float32)) for name in programs]
+    outputs = {}
     with _one_process():
-        for dtype in dict.fromkeys((own, torch.float32)):
-            expected = _run_megatron(reader, config, prompts, dtype)
-            actual = _run_hugging_face(hugging_face, prompts, dtype)
-            for difference in _differences(actual, expected, dtype):
-                same &= _print(difference, dtype)
+        for dtype, name in progress_bar(steps, "verify", "model", lambda step: f"{step[1]} in {_short(step[0])}"):
+            outputs[name] = programs[name](dtype)
+            if name == "Hugging Face":
+                for difference in _differences(outputs[name], outputs["Megatron"], dtype):
+                    same &= _print(difference, dtype)
     return same
 
 
@@ -185,7 +186,7 @@ def _prompts(folder: Path, config: VWNConfig) -> list[Tensor]:
     """Token ids [1, tokens] of a few texts, or random ones where there is no tokenizer."""
     longest = min(_LONGEST, config.max_position_embeddings)
     if (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found = [tokenizer(text, return_tensors="pt").input_ids[:, :longest] for text in _TEXTS]
         return [ids.long() for ids in found if ids.shape[1] > 1]
     generator = torch.Generator().manual_seed(0)
@@ -274,7 +275,7 @@ def _load(model: nn.Module, reader: TorchDistReader, config: VWNConfig) -> None:
 
 
 def _run_hugging_face(folder: Path, prompts: list[Tensor], dtype: torch.dtype) -> list[_Output]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
     if megatron_vwn.cpu.install() is False:
         model = model.cuda()
     # Which experts, as Megatron has it.
@@ -329,6 +330,10 @@ def _differences(actual: list[_Output], expected: list[_Output], dtype: torch.dt
     return found
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _print(difference: Difference, dtype: torch.dtype) -> bool:
     tolerance = TOLERANCE[dtype]
     enough = difference.compared >= min(_FEWEST_TOKENS, difference.tokens) or dtype == torch.float32
@@ -339,7 +344,7 @@ def _print(difference: Difference, dtype: torch.dtype) -> bool:
     if difference.compared < difference.tokens:
         tokens = f"{difference.compared} of {tokens}, whose experts agree"
     print(
-        f"logits of the {difference.what}, {str(dtype).removeprefix('torch.')}, {tokens}: norm-relative difference "
+        f"logits of the {difference.what}, {_short(dtype)}, {tokens}: norm-relative difference "
         f"{difference.relative:.2e} ({verdict}), largest {difference.largest:.2e} at {difference.worst}",
         flush=True,
     )

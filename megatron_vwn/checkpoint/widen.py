@@ -56,7 +56,7 @@ def from_megatron(source: TorchDistReader) -> OrdinaryModel:
             f"{source.folder} has a virtual width already: vwn-widen takes ordinary models, vwn-convert takes this one."
         )
     settings = backbone(source.arguments)
-    config = valid_config(**settings, **_NARROW)  # names do not depend on the width
+    config = valid_config(source.folder, **settings, **_NARROW)  # names do not depend on the width
     whole = lru_cache(maxsize=1)(source.read)  # Q, K and V are parts of one tensor
     tensors, key_of = {}, {}
     for key, info in source.tensors.items():
@@ -86,10 +86,11 @@ def from_hugging_face(source: SafetensorsReader) -> OrdinaryModel:
     if kind not in MODELS:
         raise VirtualWidthError(f"{source.folder} is a {kind} model: vwn-widen takes {', '.join(MODELS)}.")
     try:
-        config = AutoConfig.from_pretrained(source.folder)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # whatever its settings provoke
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise VirtualWidthError(f"{source.folder / 'config.json'} describes no model: {reason}.") from error
+        raise VirtualWidthError(
+            f"{source.folder / 'config.json'} describes no {kind} model that transformers knows: correct it."
+        ) from error
     for name, harmless in (
         ("attention_bias", False),
         ("mlp_bias", False),
@@ -105,7 +106,7 @@ def from_hugging_face(source: SafetensorsReader) -> OrdinaryModel:
         config.tie_word_embeddings = False  # transformers, too, then takes the head of the file
     pattern = "".join("*E" if _has_experts(config, i) else "*-" for i in range(config.num_hidden_layers))
     settings = _settings(config, pattern)
-    expected = _ordinary(valid_config(**settings, **_NARROW))
+    expected = _ordinary(valid_config(source.folder / "config.json", **settings, **_NARROW))
     parts = {name: _parts_of(name, source, config) for name in expected}
     taken = {part for group in parts.values() for part in _flat(group)}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -157,7 +158,9 @@ def widen(
         raise VirtualWidthError(
             "--vwn-ngrams is not available here, where no tokenizer says which token ends a document: leave it out."
         )
-    config = valid_config(**settings, **{name: getattr(vw, name.removeprefix("vwn_")) for name in VIRTUAL_WIDTH})
+    config = valid_config(
+        "the widened model", **settings, **{name: getattr(vw, name.removeprefix("vwn_")) for name in VIRTUAL_WIDTH}
+    )
     expected = expected_hf_tensors(config)
     table = model.tensors["model.embed_tokens.weight"]
     wide = {"model.embed_tokens.weight", "model.embed_positions.weight"} if vw.embedding == "wide" else set()

@@ -6,27 +6,15 @@ SOURCE is a Megatron HybridModel checkpoint or a Hugging Face folder of Llama, Q
 """
 
 import argparse
-import logging
 import shlex
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-# Warnings about a missing Apex and about a single process concern training, not a conversion.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torch\.distributed\.")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-from megatron_vwn.checkpoint.arguments import command_line, megatron_arguments  # noqa: E402
-from megatron_vwn.checkpoint.convert import write_megatron  # noqa: E402
-from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole  # noqa: E402
-from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen  # noqa: E402
-from megatron_vwn.cli import exit_code, progress_bar  # noqa: E402
-from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.training.flags.vwn import add_arguments, virtual_width_from_args  # noqa: E402
+from megatron_vwn.checkpoint.convert_cli import quiet_imports
+from megatron_vwn.cli import exit_code, progress_bar
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.training.flags.vwn import add_arguments, virtual_width_from_args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +29,17 @@ def _widen(options: argparse.Namespace) -> None:
     if virtual_width is None:
         raise VirtualWidthError("no virtual width was given: add --vwn-m and --vwn-n.")
     virtual_width = replace(virtual_width, reduce_norm=False)
+    quiet_imports()
+
+    # Imported when the command line is known: torch and Megatron take seconds.
+    import torch
+
+    from megatron_vwn.checkpoint.arguments import backend_here, command_line, megatron_arguments
+    from megatron_vwn.checkpoint.convert import write_megatron
+    from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole
+    from megatron_vwn.checkpoint.torch_dist import TorchDistReader
+    from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen
+
     if (options.source / "config.json").exists():
         model, arguments = from_hugging_face(SafetensorsReader(options.source)), {}
     else:
@@ -56,7 +55,7 @@ def _widen(options: argparse.Namespace) -> None:
     dtype = tensors["model.embed_tokens.weight"].dtype
     model_arguments = megatron_arguments(config) | {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     arguments = arguments | model_arguments | {"params_dtype": dtype}
-    arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl", "transformer_engine")
+    arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl") or backend_here()
     with appearing_whole(options.target, overwrite=options.overwrite, sources=[options.source]) as folder:
         write_megatron(folder, config, tensors, read, arguments=argparse.Namespace(**arguments), progress=progress_bar)
     further = ""
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
-        help="name tensors for this backend (default: the source's, or transformer_engine)",
+        help="name tensors for this backend (default: that of a Megatron source, or what a training here chooses)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
     return add_arguments(parser)

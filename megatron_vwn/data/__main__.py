@@ -50,7 +50,7 @@ example
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit status: 0, 2 for a refusal, 130 when interrupted."""
+    """Run the program; returns its exit status: 0, 2 for a refusal, 128 + the signal that ended it."""
     arguments = _parser().parse_args(argv)
     return exit_code(PROGRAM, lambda: _run(arguments))
 

@@ -19,6 +19,7 @@ def apply_fixes() -> None:
     check_contract()  # before the imports below, which would fail without a sentence
 
     from megatron_vwn.megatron_fixes.dataset_helpers import skip_makefile_of_dataset_helpers
+    from megatron_vwn.megatron_fixes.pickles import unpickle_known_classes
     from megatron_vwn.megatron_fixes.resharding import load_experts_of_other_groups, save_states_where_parameters_lie
     from megatron_vwn.megatron_fixes.sample_index import find_sample_indices_by_content
     from megatron_vwn.megatron_fixes.torch_adam import resume_distributed_optimizer_with_torch_adam
@@ -28,3 +29,4 @@ def apply_fixes() -> None:
     save_states_where_parameters_lie()
     load_experts_of_other_groups()
     find_sample_indices_by_content()
+    unpickle_known_classes()

@@ -104,6 +104,14 @@ USES = (
         "replace",
     ),
     Use(_CHAIN, "chained_optimizers", ATTRIBUTE, _RESHARDING, "read"),
+    Use("torch.distributed.checkpoint.filesystem", "pickle", "module", "megatron_fixes/pickles.py", "replace"),
+    Use(
+        "torch.distributed.checkpoint.DefaultLoadPlanner",
+        "load_bytes",
+        ("self", "read_item", "value"),
+        "megatron_fixes/pickles.py",
+        "replace",
+    ),
     # What the model replaces and overrides.
     Use(_HYBRID, "LanguageModelEmbedding", "type", "modules/model.py", "replace"),
     Use(_HYBRID, "MultiTokenPredictionBlock", "type", "modules/model.py", "replace"),
@@ -346,6 +354,7 @@ USES = (
     Use("os", "_exit", ("status",), "data/apart.py", "call"),
     Use("os", "_exit", ("status",), "data/windows.py", "call"),
     Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/arguments.py", "read"),
+    Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/settings.py", "read"),
 )
 
 

@@ -3,12 +3,17 @@
 ``read`` computes the gates of a connection once and hands them to its ``write``. The module ``parameters`` has the
 legend of shape suffixes and what a connection is made of, ``reference`` the paper's equations, ``eager`` the torch
 implementation, ``kernels`` the fused one, and ``dispatch`` chooses between the two for the names below. ``connection``
-makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``.
+makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``. Names are imported when they are first used: ``costs``
+needs no torch.
 """
 
-from megatron_vwn.ops.dispatch import group_norm, implementation, read, why_not_kernels, write, write_read
-from megatron_vwn.ops.eager import average_copies, tile
-from megatron_vwn.ops.parameters import ConnectionParameters, Gates
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_vwn.ops.dispatch import group_norm, implementation, read, why_not_kernels, write, write_read
+    from megatron_vwn.ops.eager import average_copies, tile
+    from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
 __all__ = [
     "ConnectionParameters",
@@ -22,3 +27,17 @@ __all__ = [
     "write",
     "write_read",
 ]
+
+_HOMES = {
+    "ConnectionParameters": "parameters",
+    "Gates": "parameters",
+    "average_copies": "eager",
+    "tile": "eager",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'dispatch')}"), name)
+    return value

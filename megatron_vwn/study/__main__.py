@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_vwn.cli import FAILED, INTERRUPTED, exit_code
+from megatron_vwn.cli import FAILED, exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
 from megatron_vwn.study.plan import Run, Study, check_data, load_study
@@ -25,7 +25,8 @@ _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
 def main(argv: list[str] | None = None) -> int:
     """Run, time or report; returns the exit code."""
     options = _parser().parse_args(argv)
-    return exit_code("vwn-study", lambda: options.action(options))
+    left = "nothing was written" if options.action is _report else "start again to go on from the last checkpoints"
+    return exit_code("vwn-study", lambda: options.action(options), left)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -36,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
         check_flags(_all_flags(study))
         _print_plan(study, runs, options.output)
         return 0
-    return _interruptible(lambda: _train(study, runs, options))
+    return _train(study, runs, options)
 
 
 def _train(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
@@ -63,7 +64,7 @@ def _train(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
 def _time(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.data)
     check_data(study)
-    return _interruptible(lambda: _measure(study, options))
+    return _measure(study, options)
 
 
 def _measure(study: Study, options: argparse.Namespace) -> int:
@@ -124,14 +125,6 @@ def _print_plan(study: Study, runs: list[Run], output: Path) -> None:
         print(f"# {run.name} ({run.variant.steps} steps, {state})")
         print(shlex.join(["torchrun", *launch(folder.arguments(), study.ranks)[3:]]))
     print(f"# {len(runs)} runs of {len(study.variants)} variants; the baseline is {study.baseline}.")
-
-
-def _interruptible(work) -> int:
-    try:
-        return work()
-    except KeyboardInterrupt:
-        print("vwn-study: interrupted; start again to go on from the last checkpoints.", file=sys.stderr)
-        return INTERRUPTED
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """Trainings as child processes: their launch, their end together with the study's, and how their log ends."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -8,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vwn.cli import end_with_parent
 from megatron_vwn.training.log_lines import ENVIRONMENT
 
 _TAIL = 15
 _SECONDS_TO_END = 30
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -47,7 +46,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches the study alone, which then ends what it started.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
                 pass_fds=tuple(keep_open),
             )
 
@@ -87,9 +86,3 @@ def tail(log: Path) -> str:
     refusals = [line for line in lines[-200:] if line.startswith("megatron_vwn: ")]
     refused = any("exitcode" in line and ": 2" in line for line in lines[-60:])
     return refusals[-1] if refused and refusals else "\n".join(lines[-_TAIL:])
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this child when the study dies, even by SIGKILL; else it would train on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

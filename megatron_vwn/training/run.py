@@ -17,9 +17,11 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
+from megatron_vwn.megatron_fixes.pickles import refusal_in
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
 from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
@@ -57,6 +59,10 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
         this.build()
         this.train()
     except VirtualWidthError as refusal:
+        return say_refusal(refusal)
+    except CheckpointException as error:  # no Exception; of what pretrain() loads
+        if (refusal := refusal_in(error)) is None:
+            raise
         return say_refusal(refusal)
     except SystemExit as leave:
         # Megatron leaves by sys.exit(0) when an exit flag ends training, and by sys.exit() where it gives up.

@@ -8,9 +8,11 @@ from hf.cases import MODELS
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_vwn.checkpoint.arguments import backbone, command_line, hf_config, megatron_arguments
+from megatron_vwn.checkpoint.model_card import plain
+from megatron_vwn.checkpoint.settings import check_arguments, check_config
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig
-from megatron_vwn.training.flags.defaults import megatron_defaults
+from megatron_vwn.training.flags.defaults import megatron_defaults, megatron_parser
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
 
 OTHERS = {
@@ -68,7 +70,11 @@ def test_flags_are_typed_as_megatron_wants_them():
     assert "--swiglu" in words and "--disable-bias-linear" in words and "--bf16" in words
     assert words[words.index("--window-size") + 1] == "3,0"
     assert words[words.index("--window-attn-skip-freq") + 1] == "[1,0,0,0,1]"
-    assert "--transformer-impl" not in words and "--num-layers" not in words and "--no-bias-gelu-fusion" not in words
+    assert (
+        words[words.index("--transformer-impl") + 1] == "transformer_engine"
+        and "--num-layers" not in words
+        and "--no-bias-gelu-fusion" not in words
+    )
 
 
 OF_MEGATRON = {
@@ -128,3 +134,10 @@ def test_gelu_is_transformer_engines_where_it_computed_it():
     config = VWNConfig(hidden_act="gelu", gated_mlp=False)
     args = argparse.Namespace(**(megatron_defaults() | megatron_arguments(config) | {"use_te_activation_func": True}))
     assert backbone(args)["hidden_act"] == "gelu_pytorch_tanh"
+
+
+def test_what_megatron_gives_by_itself_is_let_through():
+    defaults = plain(argparse.Namespace(**megatron_defaults()))
+    assert len(defaults) > 500
+    check_arguments(defaults, megatron_parser(), "defaults")
+    check_config({"pad_token_id": -1, "eos_token_id": [1, 2], "moe_router_topk_scaling_factor": 2}, "settings")

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from megatron_vwn.checkpoint.arguments import backend_here
 from megatron_vwn.checkpoint.folders import SafetensorsReader
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader
 from megatron_vwn.checkpoint.widen import from_hugging_face, widen
@@ -90,7 +91,11 @@ def test_the_written_checkpoint_holds_the_model(sources, tmp_path, capsys):
     assert vwn_widen(argv) == 0
     said = capsys.readouterr().out
     assert "r = 4" in said and "--qk-layernorm" in said and "-epsilon 1e-06" in said
+    # Named for the layers that a training chooses here, which is said, and which the checkpoint remembers.
+    assert f"--transformer-impl {backend_here()}" in said
     written = TorchDistReader(tmp_path / "wide")
+    assert written.arguments.transformer_impl == backend_here()
+    assert ("decoder.layers.0.input_layernorm.weight" in written.tensors) == (backend_here() == "local")
     model = from_hugging_face(SafetensorsReader(folder))
     up = written.read("decoder.layers.1.mlp.experts.experts.linear_fc1.weight")
     assert torch.equal(up, model.read("model.layers.1.mlp.experts.gate_up_proj"))
@@ -150,7 +155,7 @@ def test_the_source_survives_every_target(sources, tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "", "no linear rotary"),
         ({"num_hidden_layers": 4}, "", "lacks model.layers.3."),
         ({"num_hidden_layers": 2}, "", "model.layers.2."),
-        ({"hidden_size": "wide"}, "", "describes no model"),
+        ({"hidden_size": "wide"}, "", "describes no llama model"),
         ({"intermediate_size": 40}, "", "has shape"),
         ({}, "--vwn-reduce-norm", "would change the function"),
         ({}, "--vwn-carry doubly-stochastic", "only approximately"),

@@ -121,7 +121,7 @@ def test_ended_by_a_scheduler(tokenizer_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setattr(_encode.Encoder, "__call__", lambda self, batch: signal.raise_signal(signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
-    assert run(tmp_path / "a.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out") == 130
+    assert run(tmp_path / "a.txt", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out") == 143
     assert capsys.readouterr().err == "vwn-prepare-data: interrupted; nothing was written.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert signal.getsignal(signal.SIGTERM) is handler

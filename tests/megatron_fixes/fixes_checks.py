@@ -23,6 +23,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
 
 import megatron_vwn
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
@@ -50,11 +51,13 @@ PATCHED = [
     (ChainedOptimizer, "load_state_dict"),
     (GPTDataset, "__init__"),
 ]
+# Not of Megatron, and so no part of what is compared with it at every start.
+OF_TORCH = [(DefaultLoadPlanner, "load_bytes"), (filesystem, "pickle")]
 
 
 @pytest.fixture(autouse=True)
 def megatron_as_imported(monkeypatch):
-    for owner, name in PATCHED:
+    for owner, name in PATCHED + OF_TORCH:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
@@ -69,6 +72,14 @@ def test_applies_once():
     assert all(old is not new for old, new in zip(before, after, strict=True))
     apply_fixes()
     assert state() == after
+
+
+def test_refuses_a_torch_whose_metadata_it_would_not_see(monkeypatch):
+    monkeypatch.setattr(filesystem.FileSystemReader, "read_metadata", lambda self: None)
+    with pytest.raises(
+        VirtualWidthError, match=r"^torch .* reads the metadata of checkpoints .* install torch 2\.11\.$"
+    ):
+        apply_fixes()
 
 
 def test_does_not_compile_what_is_compiled():

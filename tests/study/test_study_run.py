@@ -212,7 +212,7 @@ def test_ending_a_study_ends_its_trainings(tmp_path, capfd, trained_by_script, m
     monkeypatch.setattr(_study_child.Child, "poll", lambda self: interrupt(self) if not ended else self._process.poll())
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert program.main(["run", str(path), "--no-timing", "--output", str(out)]) == 130
+        assert program.main(["run", str(path), "--no-timing", "--output", str(out)]) == 143
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "interrupted; start again to go on" in capfd.readouterr().err

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.training.models import hybrid  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.training import model as model_config  # noqa: E402
 from megatron_vwn.training import run  # noqa: E402
 from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
@@ -49,6 +50,16 @@ def other_document_end():
     """The sentence about a tokenizer that ends documents with another token than the checkpoint's n-grams know."""
     try:
         resume.refuse_other_document_end(resume.Checkpoint("folder", True, Namespace(vwn_document_end=3)), 4)
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
+
+
+def other_backend():
+    """The sentence about a checkpoint whose tensors are named for layers that the run does not have."""
+    named = resume.Checkpoint("folder", True, Namespace(transformer_impl="transformer_engine"))
+    resume.refuse_other_backend(named, Namespace(transformer_impl="transformer_engine"))
+    try:
+        resume.refuse_other_backend(named, Namespace(transformer_impl="local"))
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
 
@@ -144,12 +155,14 @@ def backbone_difference(argv, virtual_width_flags):
 
 
 def main(cases_file, results_file):
+    apply_fixes()
     cases = json.loads(Path(cases_file).read_text())
     results = {name: prepare(argv) for name, argv in cases["argv"].items()}
     results["stages"] = stages()
     with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
         results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
     results["other document end"] = other_document_end()
+    results["other backend"] = other_backend()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()

@@ -223,6 +223,8 @@ def prepared(checkpoint, tmp_path_factory):
     torch.save({"args": Namespace(hidden_size=64), "iteration": 2}, folder / "ordinary" / "iter_0000002" / "common.pt")
     for shard in (folder / "damaged").rglob("*.distcp"):
         shard.write_bytes(b"cut short")
+    for metadata in (shutil.copytree(checkpoint, folder / "with code")).rglob(".metadata"):
+        metadata.write_bytes(b"cos\nmkdir\n(S'" + str(folder / "executed").encode() + b"'\ntR.")
     (folder / "untracked" / "latest_checkpointed_iteration.txt").write_text("two\n")
     (folder / "empty").mkdir()
     yaml = folder / "flags.yaml"
@@ -257,6 +259,7 @@ def prepared(checkpoint, tmp_path_factory):
         ("damaged", "damaged", WIDE),
         ("untracked", "untracked", WIDE),
         ("missing step", "wide", [*WIDE, "--ckpt-step", "7"]),
+        ("with code", "with code", WIDE),
         ("empty", "empty", WIDE),
         ("empty but demanded", "empty", [*WIDE, "--exit-on-missing-checkpoint"]),
     ):
@@ -270,7 +273,7 @@ def prepared(checkpoint, tmp_path_factory):
     session = Path(__file__).parent / "session_refusals.py"
     done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "results.json").read_text())
+    return {"folder": str(folder)} | json.loads((folder / "results.json").read_text())
 
 
 def assert_refused(result, words):
@@ -312,11 +315,17 @@ def test_refused_for_every_model(prepared, flags, model):
         ("damaged", ["cannot be read", "--ckpt-step"]),
         ("untracked", ["cannot be read"]),
         ("missing step", ["cannot be read", "iter_0000007"]),
+        ("with code", [".metadata asks for os.mkdir", "nothing of it was run"]),
+        ("other backend", ["for --transformer-impl transformer_engine", "has local", "vwn-widen"]),
         ("empty but demanded", ["holds no checkpoint", "--exit-on-missing-checkpoint"]),
     ],
 )
 def test_refused(prepared, case, words):
     assert_refused(prepared[case], words)
+
+
+def test_code_in_a_checkpoint_did_not_run(prepared):
+    assert prepared["folder"] and not (Path(prepared["folder"]) / "executed").exists()
 
 
 @pytest.mark.parametrize("flag", FOLDERS)

@@ -7,6 +7,11 @@ from functools import cache
 from megatron.training.arguments import add_megatron_arguments
 
 
+def megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's parser of a run's flags, without ours."""
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
 def megatron_defaults() -> dict[str, object]:
     """What Megatron's parser gives to every argument that is not typed, before validation derives further ones."""
     return _of_world(os.environ.get("WORLD_SIZE"))
@@ -15,4 +20,4 @@ def megatron_defaults() -> dict[str, object]:
 @cache
 def _of_world(world_size: str | None) -> dict[str, object]:
     """One of them is the environment's world size."""
-    return vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([]))
+    return vars(megatron_parser().parse_args([]))

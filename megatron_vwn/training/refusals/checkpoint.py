@@ -14,6 +14,7 @@ from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_ex
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.megatron_fixes.pickles import refusal_in
 from megatron_vwn.training.flags.vwn import typed, virtual_width_from_args
 
 # The end of a document is the tokenizer's and compared apart.
@@ -78,6 +79,8 @@ def read_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         state, _, release, _ = _load_base_checkpoint(folder, quiet, rank0=True)
     # Whatever a damaged file provokes; a CheckpointException is no Exception, and for some faults Megatron just leaves.
     except (Exception, CheckpointException, SystemExit) as error:
+        if (refusal := refusal_in(error)) is not None:
+            raise VirtualWidthError(f"{folder}: {refusal}") from error
         fault = "Megatron gave up" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         reason = fault.strip().splitlines()[-1]  # a CheckpointException carries the cause's traceback as its text
         raise VirtualWidthError(
@@ -122,6 +125,21 @@ def refuse_other_width(checkpoint: Checkpoint, current: VirtualWidthConfig | Non
         raise VirtualWidthError(
             f"the checkpoint in {folder} was trained with {_settings(saved, different)}, but this run has "
             f"{_settings(current, different)}: give the checkpoint's settings, or another --load."
+        )
+
+
+def refuse_other_backend(checkpoint: Checkpoint, current: argparse.Namespace) -> None:
+    """Refuse a checkpoint whose tensors are named for another backend: Transformer Engine's layers hold their norms.
+
+    Raises:
+        VirtualWidthError: the backends differ.
+    """
+    theirs, ours = getattr(checkpoint.args, "transformer_impl", None), current.transformer_impl
+    if theirs is not None and (theirs == "local") != (ours == "local"):
+        raise VirtualWidthError(
+            f"the checkpoint in {checkpoint.folder} names its tensors for --transformer-impl {theirs}, but this run "
+            f"has {ours}: give it {theirs}, or name them by vwn-convert (to-hf, then from-hf) or vwn-widen with "
+            f"--transformer-impl {ours}."
         )
 
 

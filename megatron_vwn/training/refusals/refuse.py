@@ -15,6 +15,7 @@ from megatron.training import get_tokenizer
 from megatron_vwn.training.ranks import first_of_node
 from megatron_vwn.training.refusals.checkpoint import (
     refuse_missing,
+    refuse_other_backend,
     refuse_other_document_end,
     refuse_other_model,
     refuse_other_width,
@@ -48,6 +49,7 @@ def refuse_start(run: Run) -> None:
     if run.checkpoint is not None:
         refuse_missing(run.checkpoint, run.args)
         refuse_other_width(run.checkpoint, run.virtual_width)
+        refuse_other_backend(run.checkpoint, run.args)
 
 
 def refuse(run: Run) -> None:
