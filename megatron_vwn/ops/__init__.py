@@ -6,11 +6,21 @@ implementation, ``kernels`` the fused one, and ``dispatch`` chooses between the 
 makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``.
 """
 
-from megatron_vwn.ops.dispatch import group_norm, implementation, read, why_not_kernels, write, write_read
+from megatron_vwn.ops.dispatch import (
+    COST_OF_TORCH,
+    group_norm,
+    implementation,
+    read,
+    why_not_group_norm_kernel,
+    why_not_kernels,
+    write,
+    write_read,
+)
 from megatron_vwn.ops.eager import average_copies, tile
 from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
 __all__ = [
+    "COST_OF_TORCH",
     "ConnectionParameters",
     "Gates",
     "average_copies",
@@ -18,6 +28,7 @@ __all__ = [
     "implementation",
     "read",
     "tile",
+    "why_not_group_norm_kernel",
     "why_not_kernels",
     "write",
     "write_read",

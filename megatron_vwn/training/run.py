@@ -22,13 +22,13 @@ from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
-from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
+from megatron_vwn.training.flags.machine import complete_command_line, describe, local_layers_cost, needed_flags
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
 from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
 from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
-from megatron_vwn.training.refusals.kernels import describe_kernels
+from megatron_vwn.training.refusals.kernels import describe_kernels, kernel_fallbacks
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.refuse import (
     refuse,
@@ -124,6 +124,8 @@ class Run:
         if self.virtual_width is not None:
             kernels = describe_kernels(self.args, self.virtual_width, gpu=self.gpu)
             say(f"{describe_virtual_width(self.args, self.virtual_width)}; {kernels}")
+        for fallback in self._fallbacks():
+            say(f"warning: {fallback}.")
         if start is not None:
             say(start)
 
@@ -160,6 +162,14 @@ class Run:
             monitored(forward_step, self.virtual_width),
             **pipeline_arguments(self.args, self.model),
         )
+
+    def _fallbacks(self) -> list[str]:
+        """What runs more slowly here than it could, and what that costs."""
+        local = local_layers_cost(self.args, gpu=self.gpu)
+        kernels = []
+        if self.virtual_width is not None:
+            kernels = kernel_fallbacks(self.args, self.virtual_width, gpu=self.gpu)
+        return [*([] if local is None else [local]), *kernels]
 
     def _find_start(self) -> str | None:
         """Look at the checkpoint, take arguments from it if asked to, and say in one line where training starts."""
