@@ -339,6 +339,7 @@ USES = (
     Use("os", "_exit", ("status",), "data/encode.py", "call"),
     Use("os", "_exit", ("status",), "data/windows.py", "call"),
     Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/arguments.py", "read"),
+    Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "training/refusals/unknown.py", "read"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
 from megatron_vwn.training.flags.machine import complete_command_line, describe, local_layers_cost, needed_flags
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
+from megatron_vwn.training.interrupt import saving_when_interrupted
 from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
@@ -37,6 +39,8 @@ from megatron_vwn.training.refusals.refuse import (
     refuse_start,
     refuse_vocabulary,
 )
+from megatron_vwn.training.refusals.unknown import describe_untested
+from megatron_vwn.training.refusals.versions import untested_packages
 
 
 def run(argv: Sequence[str], *, gpu: bool) -> int:
@@ -49,8 +53,8 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
     Returns:
         Exit code: 0 when training ended as the flags say, 2 for a refusal.
     """
-    apply_fixes()
     try:
+        apply_fixes()
         this = Run.parse(argv, gpu=gpu)
         this.check()
         this.build()
@@ -117,6 +121,7 @@ class Run:
         """
         start = None if self.simulated else self._find_start()
         refuse(self)
+        untested = [f"{describe_untested(self.args)}."] if self.args.allow_untested else []
         with quoting_megatron():
             validate_args(self.args)
         if self.simulated:
@@ -124,10 +129,10 @@ class Run:
         if self.virtual_width is not None:
             kernels = describe_kernels(self.args, self.virtual_width, gpu=self.gpu)
             say(f"{describe_virtual_width(self.args, self.virtual_width)}; {kernels}")
-        for fallback in self._fallbacks():
-            say(f"warning: {fallback}.")
-        if start is not None:
-            say(start)
+        for cost in (*untested_packages(), *self._fallbacks()):
+            say(f"warning: {cost}.")
+        for line in (*untested, *([] if start is None else [start])):
+            say(line)
 
     def build(self) -> None:
         """Set Megatron's global variables and describe the model; ``pretrain()`` builds it from that.
@@ -154,14 +159,24 @@ class Run:
         refuse_document_end(self)
 
     def train(self) -> None:
-        """Run Megatron's ``pretrain()`` on the model of ``build``."""
-        pretrain(
-            pretrain_cfg_container_from_args(self.args, self.model),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            monitored(forward_step, self.virtual_width),
-            **pipeline_arguments(self.args, self.model),
-        )
+        """Run Megatron's ``pretrain()`` on the model of ``build``.
+
+        Raises:
+            VirtualWidthError: no launcher started this process.
+        """
+        if "MASTER_ADDR" not in os.environ:
+            raise VirtualWidthError(
+                "nothing says where the ranks meet: start this with torchrun --nproc-per-node N -m "
+                "megatron_vwn.training.pretrain."
+            )
+        with saving_when_interrupted(self.args):
+            pretrain(
+                pretrain_cfg_container_from_args(self.args, self.model),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                monitored(forward_step, self.virtual_width),
+                **pipeline_arguments(self.args, self.model),
+            )
 
     def _fallbacks(self) -> list[str]:
         """What runs more slowly here than it could, and what that costs."""

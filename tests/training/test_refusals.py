@@ -363,6 +363,13 @@ def test_says_what_is_trained_and_which_flags_were_added(prepared):
     assert "state of one in 2 sublayers kept" in prepared["stream recompute"]["said"][-1]
 
 
+def test_flags_of_a_later_megatron_are_refused_unless_allowed_and_then_said(prepared):
+    of_later = prepared["later megatron"]
+    assert of_later["not typed"]["virtual_width"] and of_later["its default"]["virtual_width"]
+    assert_refused(of_later["typed"], ["not in the support matrix", "--mtp-loss-scaling-factor", "drop what"])
+    assert of_later["allowed"]["said"][-1].endswith("lets through: --mtp-loss-scaling-factor.")
+
+
 def test_exit_codes(prepared):
     # Training that ends, an exit flag of Megatron, Megatron giving up, an error code of Megatron.
     assert prepared["exit codes"] == [0, 0, 1, "SystemExit(3)"]

@@ -1,10 +1,16 @@
-"""Megatron's arguments when nothing is typed."""
+"""Megatron's parser, and its arguments when nothing is typed."""
 
 import argparse
 import os
 from functools import cache
 
 from megatron.training.arguments import add_megatron_arguments
+
+
+@cache
+def megatron_parser() -> argparse.ArgumentParser:
+    """A parser of all of Megatron's flags and no other."""
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
 
 
 def megatron_defaults() -> dict[str, object]:

@@ -25,6 +25,7 @@ from megatron_vwn.training.refusals.folders import check_folders
 from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.monitoring import check_monitoring
+from megatron_vwn.training.refusals.unknown import refuse_unknown
 
 if TYPE_CHECKING:
     from megatron_vwn.training.run import Run
@@ -60,6 +61,7 @@ def refuse(run: Run) -> None:
     """
     if run.checkpoint is not None:
         refuse_other_model(run.checkpoint, run.args)
+    refuse_unknown(run.args)
     with quoting_megatron():
         refuse_unsupported(run.args, run.virtual_width)
     if run.simulated:
