@@ -143,7 +143,7 @@ class Run:
         self.build_tokenizer()
         refuse_vocabulary(self)
         with quoting_megatron():
-            self.model = model_config_from_args(self.args, self.virtual_width)
+            self.model = model_config_from_args(self.args, self.virtual_width, get_tokenizer().vocab_size)
 
     def build_tokenizer(self) -> None:
         """Set Megatron's global variables, the tokenizer among them, and learn from it where documents end.
