@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_tokenizer, initialize, pretrain
+from megatron.training import get_tensorboard_writer, get_tokenizer, initialize, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -27,6 +28,7 @@ from megatron_vwn.training.flags.machine import complete_command_line, describe,
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
 from megatron_vwn.training.interrupt import saving_when_interrupted
 from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
+from megatron_vwn.training.monitoring.event_files import survive_failures
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
 from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
@@ -131,8 +133,10 @@ class Run:
             say(f"{describe_virtual_width(self.args, self.virtual_width)}; {kernels}")
         for cost in (*untested_packages(), *self._fallbacks()):
             say(f"warning: {cost}.")
-        for line in (*untested, *([] if start is None else [start])):
+        for line in untested:
             say(line)
+        if start is not None:
+            say(start)
 
     def build(self) -> None:
         """Set Megatron's global variables and describe the model; ``pretrain()`` builds it from that.
@@ -169,6 +173,8 @@ class Run:
                 "nothing says where the ranks meet: start this with torchrun --nproc-per-node N -m "
                 "megatron_vwn.training.pretrain."
             )
+        if (writer := get_tensorboard_writer()) is not None:
+            survive_failures(writer, partial(print, "megatron_vwn:", flush=True))
         with saving_when_interrupted(self.args):
             pretrain(
                 pretrain_cfg_container_from_args(self.args, self.model),

@@ -302,6 +302,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("ordinary fp32 stream", ["--fp32-residual-connection", "Transformer Engine"]),
         ("experts with biases", ["--disable-bias-linear"]),
         ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
+        ("full disk", ["--tensorboard-dir", "nothing can be written to", "(No space left on device)", "make room"]),
         ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
         ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
@@ -368,6 +369,10 @@ def test_flags_of_a_later_megatron_are_refused_unless_allowed_and_then_said(prep
     assert of_later["not typed"]["virtual_width"] and of_later["its default"]["virtual_width"]
     assert_refused(of_later["typed"], ["not in the support matrix", "--mtp-loss-scaling-factor", "drop what"])
     assert of_later["allowed"]["said"][-1].endswith("lets through: --mtp-loss-scaling-factor.")
+
+
+def test_a_node_that_writes_no_events_may_have_a_full_disk(prepared):
+    assert "refusal" not in prepared["full disk elsewhere"], prepared["full disk elsewhere"]
 
 
 def test_exit_codes(prepared):

@@ -24,7 +24,7 @@ from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
 from megatron_vwn.training.refusals.folders import check_folders
 from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
-from megatron_vwn.training.refusals.monitoring import check_monitoring
+from megatron_vwn.training.refusals.monitoring import check_event_folder, check_monitoring
 from megatron_vwn.training.refusals.unknown import refuse_unknown
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def refuse(run: Run) -> None:
         refuse_kernels(run.args, run.virtual_width, gpu=run.gpu)
     if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
         check_folders(run.args)
+        check_event_folder(run.args)
         check_data(run.args)
 
 
