@@ -25,6 +25,7 @@ from megatron_vwn.training.refusals.folders import check_folders
 from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.monitoring import check_event_folder, check_monitoring
+from megatron_vwn.training.refusals.size import refuse_too_large
 from megatron_vwn.training.refusals.unknown import refuse_unknown
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def refuse(run: Run) -> None:
     with quoting_megatron():
         check_monitoring(run.args, run.virtual_width)
     if run.virtual_width is not None:
+        refuse_too_large(run.args, run.virtual_width, gpu=run.gpu)
         refuse_kernels(run.args, run.virtual_width, gpu=run.gpu)
     if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
         check_folders(run.args)
