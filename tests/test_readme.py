@@ -91,6 +91,11 @@ def test_every_flag_is_decided(session):
     assert not undecided, f"{len(undecided)} flags are in no row of the support matrix: {' '.join(undecided)}"
 
 
+def test_the_flags_that_are_known_at_run_time_are_those_of_the_parser(session):
+    known = (ROOT / "megatron_vwn" / "training" / "refusals" / "known_flags.txt").read_text().split()
+    assert known == sorted(flag for flag in session if " " not in flag)
+
+
 def test_no_pattern_is_idle(session):
     listed = [pattern for names, _, _ in rows() for pattern in names]
     assert len(listed) == len(set(listed)), sorted({each for each in listed if listed.count(each) > 1})

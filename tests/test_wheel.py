@@ -40,7 +40,9 @@ assert "moe-a3.3b" in recipe_names(), recipe_names()
 load_recipe("moe-a3.3b")
 assert list(RESULTS.glob("*.json")), RESULTS
 assert list((folder / "megatron_lm" / "patches").glob("0.19/*.patch"))
-for file in ("py.typed", "CHANGES.md", "training/refusals/SUPPORT.md", "study/report.md.j2"):
+refusals = folder / "training" / "refusals"
+assert (refusals / "SUPPORT.md").is_file() and (refusals / "known_flags.txt").is_file()
+for file in ("py.typed", "CHANGES.md", "study/report.md.j2"):
     assert (folder / file).is_file(), file
 print(len(names), "modules")
 """

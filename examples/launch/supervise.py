@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_vwn.cli import REFUSED
+
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL = 0.2
 # Between two starts of an agent; another node's may need as long to notice that the meeting is over.
@@ -20,7 +22,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], *, worker: str, retries: int) -> int:
-    """Run an agent until it ends well, or has ended badly ``retries`` times more than that.
+    """Run an agent until it ends well or with a refusal, or has ended badly ``retries`` times more than that.
 
     A request to stop (SIGTERM, SIGINT, SIGUSR1) reaches the workers as SIGTERM, so that they save and end. torchrun
     itself would give them 30 seconds and kill them, so it does not hear of the request; a second one ends it.
@@ -42,7 +44,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], *, worker:
             agent = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=_ignore_usr1)
             code = _wait(agent, worker, requests)
             _end_descendants()
-            if code == 0 or requests or attempt == retries:
+            if code in (0, REFUSED) or requests or attempt == retries:
                 break
             _say(f"the agent ended with {code}; starting it anew ({retries - attempt} more times at most)")
             _sleep(_PAUSE, requests)

@@ -72,7 +72,7 @@ def node_command(recipe: Recipe, arguments: list[str], endpoint: str | None, nam
         if type(times) is not int or times < 0:
             raise VirtualWidthError(f"{key} is {times!r}: give a whole number of at least 0.")
     restarts = recipe.get("max-restarts", 0)
-    agent = ["-m", "torch.distributed.run"]
+    agent = ["-m", "megatron_vwn.training.torchrun"]
     if in_job_restart(recipe):
         agent = ["-m", "nvidia_resiliency_ext.fault_tolerance.launcher", *HANGING]
         arguments = [*arguments, "--enable-ft-package", "--calc-ft-timeouts"]

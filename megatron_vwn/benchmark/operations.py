@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -321,8 +320,6 @@ class Kernels(VirtualWidth):
 
     def missing(self, problem: Problem) -> str | None:
         """See ``Variant``."""
-        if find_spec("triton") is None:
-            return "triton is not installed"
         if problem.device.type != "cuda":
             return "runs on a GPU only (--compile-only and --predict need none)"
         return why_not_kernels(problem.width.n, doubly_stochastic=False)

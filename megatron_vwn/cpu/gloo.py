@@ -34,8 +34,10 @@ def _accept_tensors_as_split_sizes() -> None:
     real = dist.all_to_all_single
 
     @functools.wraps(real)
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
-        return real(output, input, _integers(output_split_sizes), _integers(input_split_sizes), *args, **kwargs)
+    def all_to_all_single(*args, **kwargs):
+        # The first two are the buffers, and no other tensor than sizes stands behind them.
+        sizes = {name: _integers(value) if name.endswith("_sizes") else value for name, value in kwargs.items()}
+        return real(*args[:2], *map(_integers, args[2:]), **sizes)
 
     dist.all_to_all_single = all_to_all_single
 
@@ -51,11 +53,12 @@ def _share_network_device() -> None:
             return [real.create_device(interface=interface) for interface in interfaces.split(",")]
         return [real.create_default_device()]
 
-    def make(store, rank, size, *options, timeout=None):
-        if timeout is None:  # not how torch.distributed makes its groups
-            return real(store, rank, size, *options)
+    def make(*args, **kwargs):
+        if len(args) != 3 or not kwargs.get("timeout") or any(kwargs[name] for name in kwargs.keys() - {"timeout"}):
+            # Not how torch.distributed makes its groups, or with what only the real constructor knows how to do.
+            return real(*args, **kwargs)
         shared = real._Options()
-        shared._devices, shared._timeout = devices(), timeout
-        return real(store, rank, size, shared)
+        shared._devices, shared._timeout = devices(), kwargs["timeout"]
+        return real(*args, shared)
 
     dist.ProcessGroupGloo = dist.distributed_c10d.ProcessGroupGloo = constructed_by(real, make)

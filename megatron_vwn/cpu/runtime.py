@@ -38,24 +38,24 @@ class Stream:
         return None
 
     @staticmethod
-    def priority_range() -> tuple[int, int]:
+    def priority_range(*args, **kwargs) -> tuple[int, int]:
         """Lowest and highest priority: there is one."""
         return 0, 0
 
-    def wait_stream(self, stream) -> None:
+    def wait_stream(self, *args, **kwargs) -> None:
         """Nothing to wait for."""
 
-    def wait_event(self, event) -> None:
+    def wait_event(self, *args, **kwargs) -> None:
         """Nothing to wait for."""
 
-    def synchronize(self) -> None:
+    def synchronize(self, *args, **kwargs) -> None:
         """Nothing to wait for."""
 
-    def query(self) -> bool:
+    def query(self, *args, **kwargs) -> bool:
         """All work is done."""
         return True
 
-    def record_event(self, event=None):
+    def record_event(self, event=None, *args, **kwargs):
         """An event that happens now."""
         event = Event() if event is None else event
         event.record(self)
@@ -68,21 +68,21 @@ class Event:
     def __init__(self, *args, **kwargs):
         self.seconds = 0.0
 
-    def record(self, stream=None) -> None:
+    def record(self, *args, **kwargs) -> None:
         """Note the time."""
         self.seconds = time.perf_counter()
 
-    def wait(self, stream=None) -> None:
+    def wait(self, *args, **kwargs) -> None:
         """Nothing to wait for."""
 
-    def synchronize(self) -> None:
+    def synchronize(self, *args, **kwargs) -> None:
         """Nothing to wait for."""
 
-    def query(self) -> bool:
+    def query(self, *args, **kwargs) -> bool:
         """The event has happened."""
         return True
 
-    def elapsed_time(self, end: "Event") -> float:
+    def elapsed_time(self, end: "Event", *args, **kwargs) -> float:
         """Milliseconds from this event to ``end``."""
         return (end.seconds - self.seconds) * 1e3
 

@@ -47,7 +47,7 @@ class CudaIsCpu(TorchFunctionMode):
 def _tensor_type(func, tensor, dtype=None, **kwargs):
     """``Tensor.type``: Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor" and its like."""
     if dtype is None:
-        return func(tensor).replace("torch.", "torch.cuda.", 1)
+        return func(tensor, **kwargs).replace("torch.", "torch.cuda.", 1)
     if isinstance(dtype, str):
         dtype = dtype.replace("torch.cuda.", "torch.", 1)
     return func(tensor, dtype, **kwargs)
@@ -72,7 +72,15 @@ def _keep_mode_in_backward() -> None:
 def _accept_cuda_generators() -> None:
     """``torch.Generator(device="cuda")`` makes a CPU generator; modes cannot see the construction of one."""
     real = torch.Generator
-    torch.Generator = constructed_by(real, lambda device="cpu": real("cpu" if _is_cuda(device) else device))
+
+    def on_cpu(device):
+        return "cpu" if _is_cuda(device) else device
+
+    def make(*args, **kwargs):
+        named = {name: on_cpu(value) if name == "device" else value for name, value in kwargs.items()}
+        return real(*map(on_cpu, args[:1]), *args[1:], **named)
+
+    torch.Generator = constructed_by(real, make)
 
 
 def _autocast_cpu() -> None:
@@ -82,21 +90,26 @@ def _autocast_cpu() -> None:
     class autocast(real):
         """``torch.autocast`` for which "cuda" is "cpu", with CUDA's default dtype."""
 
-        def __init__(self, device_type, dtype=None, enabled=True, cache_enabled=None):
+        def __init__(self, device_type, dtype=None, *args, **kwargs):
             if device_type == "cuda":
                 dtype = dtype_of("cuda") if dtype is None else dtype
                 device_type = "cpu"
-            super().__init__(device_type, dtype, enabled, cache_enabled)
+            super().__init__(device_type, dtype, *args, **kwargs)
 
     torch.autocast = torch.amp.autocast = torch.amp.autocast_mode.autocast = autocast
     # custom_fwd and custom_bwd ask these whether, and in which dtype, backward must autocast.
-    torch.is_autocast_enabled = lambda device_type="cuda": enabled("cpu" if device_type == "cuda" else device_type)
-    torch.get_autocast_dtype = lambda device_type: dtype_of("cpu" if device_type == "cuda" else device_type)
+    torch.is_autocast_enabled = lambda device_type="cuda", *args, **kwargs: enabled(
+        "cpu" if device_type == "cuda" else device_type, *args, **kwargs
+    )
+    torch.get_autocast_dtype = lambda device_type, *args, **kwargs: dtype_of(
+        "cpu" if device_type == "cuda" else device_type, *args, **kwargs
+    )
 
 
 def install() -> None:
     """Activate the mode for the rest of this thread's life."""
-    torch.Tensor.record_stream = lambda self, stream: None  # refuses the stand-in for a stream before modes are asked
+    # It refuses the stand-in for a stream before modes are asked.
+    torch.Tensor.record_stream = lambda self, *args, **kwargs: None
     _accept_cuda_generators()
     _autocast_cpu()
     _keep_mode_in_backward()

@@ -14,4 +14,4 @@ def skip_makefile_of_dataset_helpers() -> None:
     except ImportError:
         return
     if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
-        repair(dataset_utils, "compile_helpers", lambda compile_helpers: lambda: None)
+        repair(dataset_utils, "compile_helpers", lambda compile_helpers: lambda *args, **kwargs: None)

@@ -28,8 +28,8 @@ def _sharded_with_padding(stock: Callable) -> Callable:
     def sharded(self, *args, **kwargs):
         gather = self.get_parameter_state_dp_zero
 
-        def gather_with_padding(**how):
-            state = gather(**how)
+        def gather_with_padding(*args, **kwargs):
+            state = gather(*args, **kwargs)
             for i, buffer in enumerate(self.buffers if state is not None else ()):
                 for dtype, tensors in state[i].items():
                     state[i][dtype] = {
@@ -73,10 +73,10 @@ def load_experts_of_other_groups() -> None:
 
 
 def _load_either(stock: Callable) -> Callable:
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict, *args, **kwargs):
         if isinstance(state_dict, dict):
             state_dict = _arranged(state_dict, self.chained_optimizers)
-        stock(self, state_dict)
+        stock(self, state_dict, *args, **kwargs)
 
     return load_state_dict
 

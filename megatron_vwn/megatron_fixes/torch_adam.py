@@ -27,23 +27,23 @@ def resume_distributed_optimizer_with_torch_adam() -> None:
 
 
 def _state_dict_of_fresh_optimizer_too(stock: Callable) -> Callable:
-    def state_dict(self):
+    def state_dict(self, *args, **kwargs):
         if not _is_torch_adam(self.optimizer):
-            return stock(self)
+            return stock(self, *args, **kwargs)
         try:
-            return stock(self)
+            return stock(self, *args, **kwargs)
         except AssertionError:  # "assert len(steps) == 1": no parameter has a step
             if any(self.optimizer.state.values()):
                 raise
         _allocate_missing_state(self.optimizer, self.optimizer_state_keys)
-        return stock(self)
+        return stock(self, *args, **kwargs)
 
     return state_dict
 
 
 def _load_state_dict_with_own_steps(stock: Callable) -> Callable:
-    def load_state_dict(self, state_dict):
-        stock(self, state_dict)
+    def load_state_dict(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
         if _is_torch_adam(self.optimizer):
             taken = set()
             for state in self.optimizer.state.values():
@@ -57,12 +57,12 @@ def _load_state_dict_with_own_steps(stock: Callable) -> Callable:
 
 
 def _set_states_but_step(stock: Callable) -> Callable:
-    def set_states(self, model_param, tensors):
+    def set_states(self, model_param, tensors, *args, **kwargs):
         if _is_torch_adam(self.optimizer):
             # Megatron leaves what is no tensor as it is; one that leaves "step" alone by itself ignores the entry.
             tensors = {**tensors, "step": None}
         with torch.no_grad():
-            stock(self, model_param, tensors)
+            stock(self, model_param, tensors, *args, **kwargs)
 
     return set_states
 

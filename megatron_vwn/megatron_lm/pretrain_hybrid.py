@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from megatron.training import arguments
+from megatron.training import arguments, get_tokenizer
 from megatron.training.argument_utils import hybrid_config_from_args as ordinary_config_from_args
 from megatron.training.models.hybrid import HybridModelConfig
 
@@ -67,7 +67,7 @@ def hybrid_config_from_args(args: argparse.Namespace) -> HybridModelConfig:
     if virtual_width is None:
         return ordinary_config_from_args(args)
     with _refusing(), quoting_megatron():
-        return model_config_from_args(args, virtual_width)
+        return model_config_from_args(args, virtual_width, get_tokenizer().vocab_size)
 
 
 def pipeline(args: argparse.Namespace, model: HybridModelConfig) -> dict[str, object]:

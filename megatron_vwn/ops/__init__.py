@@ -11,11 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_vwn.ops.dispatch import group_norm, implementation, read, why_not_kernels, write, write_read
+    from megatron_vwn.ops.dispatch import (
+        COST_OF_TORCH,
+        group_norm,
+        implementation,
+        read,
+        why_not_group_norm_kernel,
+        why_not_kernels,
+        write,
+        write_read,
+    )
     from megatron_vwn.ops.eager import average_copies, tile
     from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
 __all__ = [
+    "COST_OF_TORCH",
     "ConnectionParameters",
     "Gates",
     "average_copies",
@@ -23,6 +33,7 @@ __all__ = [
     "implementation",
     "read",
     "tile",
+    "why_not_group_norm_kernel",
     "why_not_kernels",
     "write",
     "write_read",

@@ -92,8 +92,7 @@ class Connection(torch.nn.Module):
         if not eps >= 0:
             raise ValueError(f"eps is {eps!r}: give a number of at least 0, such as 1e-5.")
         if kernels == "triton":
-            reason = dispatch.why_not_kernels(n, doubly_stochastic=carry == "doubly-stochastic")
-            reason = reason or (None if eps > 0 else "they need an eps above 0")
+            reason = dispatch.why_not_kernels(n, doubly_stochastic=carry == "doubly-stochastic", eps=eps)
             if reason is not None:
                 raise ValueError(f'the fused kernels cannot compute this connection ({reason}): choose kernels="auto".')
         self.m, self.n, self.hidden_size, self.segment_size = m, n, hidden_size, hidden_size // m

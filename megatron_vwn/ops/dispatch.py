@@ -1,10 +1,13 @@
 """Which implementation runs: the fused kernels where they can, else the composition of torch operations.
 
-Both keep to ``ops.reference``; the tests of the kernels compare all of them.
+Both keep to ``ops.reference``; the tests of the kernels compare all of them. ``why_not_kernels`` and
+``why_not_group_norm_kernel`` decide, here and for whoever says beforehand what will run.
 """
 
+import os
+import re
+import warnings
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -14,16 +17,30 @@ from megatron_vwn.ops import eager
 from megatron_vwn.ops.parameters import ConnectionParameters, Gates
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_OVER_RANKS = "the width partition sums over ranks between their steps"
+TRITON = (3, 5), (3, 9)
+"""The oldest and the newest Triton whose compiler and interpreter the kernels were run with."""
+COST_OF_TORCH = (
+    "torch operations read and write the stream instead of Triton kernels, at more than ten times their memory traffic"
+)
+"""What a fallback costs: at (m, n) = (4, 16) torch's operations move 18 times the bytes of one fused pass."""
 
 
 def implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
     """What computes a connection, by the dtype and the kind of device of the state and what p says besides its tensors:
     the module of the kernels on a GPU, or anywhere if asked for (Triton's interpreter), or ``eager``. Both have
     ``read``, ``write`` and ``write_read``; the gates that one of them made are for itself."""
-    wanted = p.kernels == "triton" or (p.kernels == "auto" and h_TNE.is_cuda)
-    # Rows that pad a tile have no norm without an eps, and no kernel takes a share of the channels.
-    possible = wanted and h_TNE.dtype in _DTYPES and p.eps > 0 and p.sum_over_ranks is None
-    if not possible or why_not_kernels(p.n, doubly_stochastic=p.doubly_stochastic) is not None:
+    if not _wanted(h_TNE, p.kernels):
+        return eager
+    reason = why_not_kernels(
+        p.n,
+        doubly_stochastic=p.doubly_stochastic,
+        eps=p.eps,
+        sums_over_ranks=p.sum_over_ranks is not None,
+        dtype=h_TNE.dtype,
+    )
+    if reason is not None:
+        _warn_without_triton()
         return eager
     # Imports Triton, which takes a second and is not everywhere.
     from megatron_vwn.ops.kernels import autograd
@@ -31,22 +48,86 @@ def implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
     return autograd
 
 
-def why_not_kernels(n: int, *, doubly_stochastic: bool) -> str | None:
-    """Why the kernels cannot compute such a connection, as the end of a sentence; None if they can."""
+def why_not_kernels(
+    n: int,
+    *,
+    doubly_stochastic: bool,
+    eps: float | None = None,
+    sums_over_ranks: bool = False,
+    dtype: torch.dtype | None = None,
+) -> str | None:
+    """Why the kernels cannot compute such a connection, as the end of a sentence; None if they can.
+
+    Args:
+        n: segments of the state.
+        doubly_stochastic: whether the carry is.
+        eps: of the norm of what the gates see; None if it is not known yet.
+        sums_over_ranks: whether ranks hold channels of every segment.
+        dtype: of the state; None for one that they have.
+    """
+    reason = why_not_triton()
+    if reason is not None:
+        return reason
     from megatron_vwn.ops.kernels.geometry import MAX_SEGMENTS
 
-    if not _have_triton():
-        return "Triton is not installed"
+    if sums_over_ranks:
+        return _OVER_RANKS
     if doubly_stochastic:
         return "they have no doubly stochastic carry"
     if n > MAX_SEGMENTS:
         return f"they hold the carry of one token in registers, which n = {n} is too large for ({MAX_SEGMENTS} at most)"
-    return None
+    if eps is not None and not eps > 0:
+        return "they need an eps of the norm above 0, because rows that pad a tile have no norm without"
+    return _why_not_dtype(dtype)
+
+
+def why_not_group_norm_kernel(
+    channels: int, *, layer_norm: bool, sums_over_ranks: bool = False, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why the kernel cannot norm groups of so many channels, as the end of a sentence; None if it can; further
+    arguments as ``why_not_kernels``."""
+    reason = why_not_triton()
+    if reason is not None:
+        return reason
+    from megatron_vwn.ops.kernels.group_norm import MAX_GROUP
+
+    if sums_over_ranks:
+        return _OVER_RANKS
+    if layer_norm:
+        return "the kernel is of RMS norm, not of layer norm"
+    if channels > MAX_GROUP:
+        return f"the kernel holds a group in registers, which {channels:,} channels are too many for ({MAX_GROUP:,})"
+    return _why_not_dtype(dtype)
 
 
 @cache
-def _have_triton() -> bool:
-    return find_spec("triton") is not None
+def why_not_triton() -> str | None:
+    """Why no kernel runs with the Triton that is installed, as the end of a sentence; None if they do."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    found = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if not TRITON[0] <= found <= TRITON[1]:
+        oldest, newest = (".".join(map(str, version)) for version in TRITON)
+        return f"Triton {triton.__version__} is installed, and they are tested with {oldest} to {newest}"
+    return None
+
+
+def _why_not_dtype(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None or dtype in _DTYPES else f"they have no {str(dtype).removeprefix('torch.')}"
+
+
+def _wanted(h_TNE: Tensor, kernels: str) -> bool:
+    return kernels == "triton" or (kernels == "auto" and h_TNE.is_cuda)
+
+
+@cache
+def _warn_without_triton() -> None:
+    """Once in a process, and in one of a run's: what the installation costs; what a model has no kernel for is said
+    where it is built."""
+    if why_not_triton() is not None and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"megatron_vwn: {why_not_triton()}: {COST_OF_TORCH}.", stacklevel=2)
 
 
 def read(h_TNE: Tensor, p: ConnectionParameters) -> tuple[Tensor, Gates | None]:
@@ -99,11 +180,10 @@ def group_norm(
     Returns:
         [T, N, E]: by the kernel in the dtype of h, else in the accumulation dtype.
     """
-    wanted = (h_TNE.is_cuda and kernels == "auto") or kernels == "triton"
-    if wanted and _have_triton() and bias_NE is None and h_TNE.dtype in _DTYPES:
-        from megatron_vwn.ops.kernels.group_norm import MAX_GROUP
+    if _wanted(h_TNE, kernels) and not why_not_group_norm_kernel(
+        m * h_TNE.shape[-1], layer_norm=bias_NE is not None, dtype=h_TNE.dtype
+    ):
         from megatron_vwn.ops.kernels.group_norm import group_norm as fused
 
-        if m * h_TNE.shape[-1] <= MAX_GROUP:
-            return fused(h_TNE, weight_NE, m=m, eps=eps)
+        return fused(h_TNE, weight_NE, m=m, eps=eps)
     return eager.group_norm(h_TNE, weight_NE, bias_NE, m=m, eps=eps, segment_size=h_TNE.shape[-1])

@@ -20,6 +20,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_vwn.config import VirtualWidthConfig
 from megatron_vwn.modules.model import VirtualWidthModel
 from megatron_vwn.modules.specs import stack_spec
+from megatron_vwn.modules.vocabulary import leave_out_padding
 
 
 @dataclass(kw_only=True)
@@ -31,15 +32,17 @@ class VirtualWidthModelConfig(HybridModelConfig):
 
     builder: ClassVar[str] = "megatron_vwn.training.model.VirtualWidthModelBuilder"
     virtual_width: VirtualWidthConfig | None = None
+    tokens: int | None = None
+    """Tokens of the tokenizer, which the losses are over; None: all rows of the vocabulary, those that pad it too."""
 
 
 def model_config_from_args(
-    args: argparse.Namespace, virtual_width: VirtualWidthConfig | None
+    args: argparse.Namespace, virtual_width: VirtualWidthConfig | None, tokens: int | None = None
 ) -> VirtualWidthModelConfig:
-    """The model that Megatron's validated arguments and a virtual width describe."""
+    """The model that Megatron's validated arguments, a virtual width and the tokens of a tokenizer describe."""
     transformer = core_transformer_config_from_args(args)
     config = hybrid_config_from_args(args, config=transformer, model_config_cls=VirtualWidthModelConfig)
-    config.virtual_width = virtual_width
+    config.virtual_width, config.tokens = virtual_width, tokens
     return config
 
 
@@ -72,7 +75,7 @@ class VirtualWidthModelBuilder(HybridModelBuilder):
         model_class = HybridModel
         if config.virtual_width is not None:
             model_class = partial(VirtualWidthModel, virtual_width=config.virtual_width)
-        return model_class(
+        model = model_class(
             config=transformer,
             hybrid_stack_spec=config.hybrid_stack_spec or stack_spec(config.virtual_width, transformer),
             vocab_size=vocab_size,
@@ -90,3 +93,6 @@ class VirtualWidthModelBuilder(HybridModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if config.tokens is not None:
+            leave_out_padding(model, config.tokens)
+        return model

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -27,6 +28,17 @@ def say(line: str) -> None:
     """Print for the user, once for all ranks."""
     if first_of_all():
         print(f"megatron_vwn: {line}", flush=True)
+
+
+def say_interrupted(argv: Sequence[str]) -> None:
+    """Print once for every node that Ctrl-C ended this process without a checkpoint."""
+    if first_of_node():
+        more = "" if "--exit-signal-handler" in argv else "; --exit-signal-handler saves before it ends"
+        print(
+            f"megatron_vwn: interrupted: what was trained since the last checkpoint is lost{more}.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def say_refusal(refusal: VirtualWidthError) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_tokenizer, initialize, pretrain
+from megatron.training import get_tensorboard_writer, get_tokenizer, initialize, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -24,13 +26,15 @@ from megatron_vwn.megatron_fixes import apply_fixes
 from megatron_vwn.megatron_fixes.pickles import refusal_in
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
-from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
+from megatron_vwn.training.flags.machine import complete_command_line, describe, local_layers_cost, needed_flags
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, virtual_width_from_args
+from megatron_vwn.training.interrupt import saving_when_interrupted
 from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
+from megatron_vwn.training.monitoring.event_files import survive_failures
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
 from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
-from megatron_vwn.training.refusals.kernels import describe_kernels
+from megatron_vwn.training.refusals.kernels import describe_kernels, kernel_fallbacks
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.refuse import (
     refuse,
@@ -40,6 +44,8 @@ from megatron_vwn.training.refusals.refuse import (
     refuse_vocabulary,
 )
 from megatron_vwn.training.refusals.tokenizer import build_tokenizer
+from megatron_vwn.training.refusals.unknown import describe_untested
+from megatron_vwn.training.refusals.versions import untested_packages
 
 
 def run(argv: Sequence[str], *, gpu: bool) -> int:
@@ -52,8 +58,8 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
     Returns:
         Exit code: 0 when training ended as the flags say, 2 for a refusal.
     """
-    apply_fixes()
     try:
+        apply_fixes()
         this = Run.parse(argv, gpu=gpu)
         this.check()
         this.build()
@@ -124,6 +130,7 @@ class Run:
         """
         start = None if self.simulated else self._find_start()
         refuse(self)
+        untested = [f"{describe_untested(self.args)}."] if self.args.allow_untested else []
         with quoting_megatron():
             validate_args(self.args)
         if self.simulated:
@@ -131,6 +138,10 @@ class Run:
         if self.virtual_width is not None:
             kernels = describe_kernels(self.args, self.virtual_width, gpu=self.gpu)
             say(f"{describe_virtual_width(self.args, self.virtual_width)}; {kernels}")
+        for cost in (*untested_packages(), *self._fallbacks()):
+            say(f"warning: {cost}.")
+        for line in untested:
+            say(line)
         if start is not None:
             say(start)
 
@@ -143,7 +154,7 @@ class Run:
         self.build_tokenizer()
         refuse_vocabulary(self)
         with quoting_megatron():
-            self.model = model_config_from_args(self.args, self.virtual_width)
+            self.model = model_config_from_args(self.args, self.virtual_width, get_tokenizer().vocab_size)
 
     def build_tokenizer(self) -> None:
         """Set Megatron's global variables, the tokenizer among them, and learn from it where documents end.
@@ -160,14 +171,34 @@ class Run:
         refuse_document_end(self)
 
     def train(self) -> None:
-        """Run Megatron's ``pretrain()`` on the model of ``build``."""
-        pretrain(
-            pretrain_cfg_container_from_args(self.args, self.model),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            monitored(forward_step, self.virtual_width),
-            **pipeline_arguments(self.args, self.model),
-        )
+        """Run Megatron's ``pretrain()`` on the model of ``build``.
+
+        Raises:
+            VirtualWidthError: no launcher started this process.
+        """
+        if "MASTER_ADDR" not in os.environ:
+            raise VirtualWidthError(
+                "nothing says where the ranks meet: start this with torchrun --nproc-per-node N -m "
+                "megatron_vwn.training.pretrain."
+            )
+        if (writer := get_tensorboard_writer()) is not None:
+            survive_failures(writer, partial(print, "megatron_vwn:", flush=True))
+        with saving_when_interrupted(self.args):
+            pretrain(
+                pretrain_cfg_container_from_args(self.args, self.model),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                monitored(forward_step, self.virtual_width),
+                **pipeline_arguments(self.args, self.model),
+            )
+
+    def _fallbacks(self) -> list[str]:
+        """What runs more slowly here than it could, and what that costs."""
+        local = local_layers_cost(self.args, gpu=self.gpu)
+        kernels = []
+        if self.virtual_width is not None:
+            kernels = kernel_fallbacks(self.args, self.virtual_width, gpu=self.gpu)
+        return [*([] if local is None else [local]), *kernels]
 
     def _find_start(self) -> str | None:
         """Look at the checkpoint, take arguments from it if asked to, and say in one line where training starts."""

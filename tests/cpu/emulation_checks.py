@@ -3,13 +3,16 @@
 ``install()`` changes torch for good, so the file is named such that pytest does not collect it beside other tests.
 """
 
+import inspect
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 import megatron_vwn.cpu
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.megatron_fixes import contract
 
 assert megatron_vwn.cpu.install() is True
 
@@ -217,6 +220,26 @@ def test_gloo_groups_share_one_network_device():
     assert len(list(TASKS.iterdir())) - before == 2 * len(groups)
     assert all(isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo) for group in groups)
     dist.destroy_process_group()
+
+
+def test_a_group_made_with_arguments_that_came_later():
+    dist = torch.distributed
+    how = {"timeout": timedelta(seconds=60), "argument_of_a_later_torch": False}
+    assert isinstance(dist.ProcessGroupGloo(dist.HashStore(), 0, 1, **how), dist.ProcessGroupGloo)
+    with pytest.raises(TypeError, match="argument_of_a_later_torch"):  # not dropped where it says something
+        dist.ProcessGroupGloo(dist.HashStore(), 0, 1, **{**how, "argument_of_a_later_torch": True})
+
+
+def test_what_is_replaced_takes_whatever_arguments_come():
+    seen = set()
+    for use in contract.USES:
+        if use.how == "replace" and use.file.startswith("cpu/"):
+            found = getattr(contract._owner(use.owner), use.name)
+            if inspect.isfunction(found) and "megatron_vwn" in found.__code__.co_filename:
+                seen.add(use.name)
+                kinds = {each.kind for each in inspect.signature(found, follow_wrapped=False).parameters.values()}
+                assert kinds >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}, use.name
+    assert seen >= {"all_to_all_single", "is_autocast_enabled", "record_stream"}
 
 
 def test_second_install_changes_nothing():

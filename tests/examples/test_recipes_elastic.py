@@ -70,7 +70,9 @@ def wait_until(condition, processes: list[subprocess.Popen], logs: list[Path]):
 
 
 def agent_of(launcher: subprocess.Popen) -> psutil.Process:
-    return next(each for each in psutil.Process(launcher.pid).children() if "torch.distributed.run" in each.cmdline())
+    return next(
+        each for each in psutil.Process(launcher.pid).children() if "megatron_vwn.training.torchrun" in each.cmdline()
+    )
 
 
 def workers_of(launcher: subprocess.Popen) -> list[psutil.Process]:

@@ -190,6 +190,9 @@ def test_an_agent_that_fails_is_started_anew_and_leaves_no_workers_behind(tmp_pa
     # What another test left may end meanwhile.
     assert {each.pid for each in psutil.Process().children(recursive=True)} <= before
     assert capfd.readouterr().err.count("starting it anew") == 2
+    # A refusal would be the same again.
+    assert supervise.supervise([*command[:-1], "2"], os.environ, worker="the-worker", retries=2) == 2
+    assert "starting it anew" not in capfd.readouterr().err
 
 
 if __name__ == "__main__":

@@ -366,6 +366,14 @@ BIRTH_MTP: dict[str, tuple[int, int, str]] = {
     "(2,8), experts": (2, 8, "*E/*E"),
 }
 
+# Rows that no token has: some of one rank's, all of another's; one head and one that further predictions share.
+PADDED: dict[str, tuple[Layout, Case]] = {
+    "TP2 width, MTP": (TP2, Case("*-*-/*-")),
+    "TP4, tied": (Layout(tp=4), Case("*-", stream(embedding="tiled")).but(_share_embeddings_and_output_weights=True)),
+    "TP2+SP, fused, bf16": (TP2_SP, Case("*-").but(cross_entropy_loss_fusion=True, bf16=True)),
+    "TP2, ordinary model": (TP2, Case("*-", None)),
+}
+
 CHECKS = [
     *(f"parity: {name}" for name in PARITY),
     *(f"replicas: {name}" for name in TRAINING),
@@ -375,6 +383,7 @@ CHECKS = [
     *(f"generation: {name}" for name in GENERATION),
     "n-grams are what their definition says",
     "MTP leaves the next token alone",
+    *(f"padded vocabulary: {name}" for name in PADDED),
     "weight decay",
     "same backbone, seed for seed",
 ]

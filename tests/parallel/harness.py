@@ -30,6 +30,7 @@ from parallel.gated_delta_net import allow_torch_gated_delta_net
 
 from megatron_vwn.modules.model import VirtualWidthModel
 from megatron_vwn.modules.specs import stack_spec
+from megatron_vwn.modules.vocabulary import leave_out_padding
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 
 # A rank that failed leaves the others waiting in a collective: not for longer than this.
@@ -194,7 +195,7 @@ def build(layout: Layout, case: Case, seed: int = 1) -> Session:
         vp_stage = stage if layout.vpp else None
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
         arguments = {
-            "vocab_size": VOCABULARY,
+            "vocab_size": dict(case.overrides).get("_rows", VOCABULARY),
             "max_sequence_length": SEQUENCE,
             "hybrid_layer_pattern": cut(case.pattern, layout.pp * (layout.vpp or 1)),
             "pre_process": parallel_state.is_pipeline_first_stage(**where),
@@ -209,6 +210,8 @@ def build(layout: Layout, case: Case, seed: int = 1) -> Session:
             model = HybridModel(config, spec, **arguments)
         else:
             model = VirtualWidthModel(config, spec, virtual_width=case.virtual_width, **arguments)
+        if (tokens := dict(case.overrides).get("_tokens")) is not None:
+            leave_out_padding(model, tokens)
         if config.bf16:
             model.bfloat16()
         chunks.append(model.cuda())

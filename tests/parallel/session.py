@@ -25,6 +25,7 @@ from parallel.cases import (  # noqa: E402
     CHECKS,
     GENERATION,
     NGRAMS,
+    PADDED,
     PARITY,
     RANKS,
     RESHARDING,
@@ -267,6 +268,33 @@ def next_token_with_and_without_further_predictions() -> str:
     return f"{alone:.6f} in both"
 
 
+def padded_vocabulary(layout: Layout, case: Case) -> str:
+    """Rows that pad a vocabulary for more ranks change neither losses nor gradients, and get none themselves."""
+    exact = harness.build(ALONE, case)
+    parameters, _ = harness.collect(exact)
+    losses = losses_of(exact)
+    gradients, _ = harness.collect(exact, "gradients")
+    padding = harness.VOCABULARY // 2
+    padded = case.but(_rows=harness.VOCABULARY + padding, _tokens=harness.VOCABULARY)
+    session = harness.build(layout, padded, seed=2)
+    tables = {key for key in parameters if key.endswith(("word_embeddings.weight", "output_layer.weight"))}
+    generator = torch.Generator().manual_seed(3)
+    for key in tables:  # what a fresh table has there: as likely as any token
+        width = parameters[key].shape[1]
+        parameters[key] = torch.cat([parameters[key], torch.randn(padding, width, generator=generator)])
+    harness.load_globals(session, parameters)
+    actual = losses_of(session)
+    actual_gradients, _ = harness.collect(session, "gradients")
+    loss_tolerance, gradient_tolerance = BF16_TOLERANCES if session.config.bf16 else FP32_TOLERANCES
+    off = [abs(a - e) / e for a, e in zip(actual, losses, strict=True)]
+    expect(max(off) <= loss_tolerance, f"losses {actual} instead of {losses}")
+    learned = [key for key in tables if actual_gradients[key][harness.VOCABULARY :].any()]
+    expect(tables and not learned, f"rows that pad get gradients: {learned}")
+    for key in tables:
+        actual_gradients[key] = actual_gradients[key][: harness.VOCABULARY]
+    return within(harness.relative_errors(actual_gradients, gradients), gradient_tolerance)
+
+
 def _logits(session: harness.Session) -> torch.Tensor:
     with torch.no_grad():
         batch = next(harness.micro_batches(session))
@@ -330,6 +358,8 @@ def check(name: str) -> str:
             return ngrams_by_definition()
         case "MTP leaves the next token alone":
             return next_token_with_and_without_further_predictions()
+        case "padded vocabulary":
+            return padded_vocabulary(*PADDED[rest])
         case "weight decay":
             return weight_decay()
         case "same backbone, seed for seed":

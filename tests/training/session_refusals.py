@@ -1,8 +1,10 @@
 """One process that prepares many command lines: ``python session_refusals.py CASES.json RESULTS.json``."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,6 +26,7 @@ from megatron_vwn.training import model as model_config  # noqa: E402
 from megatron_vwn.training import run  # noqa: E402
 from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
 from megatron_vwn.training.refusals import folders as folder_checks  # noqa: E402
+from megatron_vwn.training.refusals import monitoring, unknown  # noqa: E402
 from megatron_vwn.training.refusals.stages import stages_of_ranks  # noqa: E402
 
 
@@ -44,6 +47,18 @@ def prepare(argv):
         "virtual_width": this.virtual_width is not None,
         "transformer_impl": this.args.transformer_impl,
     }
+
+
+def with_a_later_megatron(argv):
+    """Flags that the support matrix lacks: refused unless they are at their default or --allow-untested is given."""
+    fewer = unknown.known_flags() - {"--mtp-loss-scaling-factor"}
+    with mock.patch.object(unknown, "known_flags", return_value=fewer):
+        return {
+            "not typed": prepare(argv),
+            "its default": prepare([*argv, "--mtp-loss-scaling-factor", "0.1"]),
+            "typed": prepare([*argv, "--mtp-loss-scaling-factor", "0.5"]),
+            "allowed": prepare([*argv, "--mtp-loss-scaling-factor", "0.5", "--allow-untested"]),
+        }
 
 
 def other_document_end():
@@ -161,6 +176,12 @@ def main(cases_file, results_file):
     results["stages"] = stages()
     with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
         results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
+    with mock.patch.object(monitoring.os, "fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        flags = ["--tensorboard-dir", str(Path(cases_file).parent / "new" / "events")]
+        results["full disk"] = prepare([*cases["model"], *flags])
+        with mock.patch.dict(os.environ, RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2"):  # the other node writes
+            results["full disk elsewhere"] = prepare([*cases["model"], "--micro-batch-size", "1", *flags])
+    results["later megatron"] = with_a_later_megatron([*cases["model"], "--vwn-m", "2", "--vwn-n", "6"])
     results["other document end"] = other_document_end()
     results["other backend"] = other_backend()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]

@@ -94,4 +94,4 @@ def test_a_recipe_in_fp8_is_refused_before_any_process_starts(tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("torchrun.sh: ")]
     assert len(lines) == 1 and "--fp8-" in lines[0] and lines[0].endswith("."), done.stderr
-    assert "torch.distributed.run" not in done.stdout and not list(tmp_path.iterdir())
+    assert "megatron_vwn.training.torchrun" not in done.stdout and not list(tmp_path.iterdir())

@@ -6,10 +6,24 @@ from argparse import Namespace
 import pytest
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
-from megatron_vwn.training.refusals.kernels import describe_kernels, refuse_kernels
+from megatron_vwn.training.flags.machine import local_layers_cost
+from megatron_vwn.training.refusals.kernels import describe_kernels, kernel_fallbacks, refuse_kernels
 
-ONE_RANK = Namespace(tensor_model_parallel_size=1, sequence_parallel=False)
-WIDTH = Namespace(tensor_model_parallel_size=2, sequence_parallel=False)
+
+def arguments(**changes):
+    plain = {
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "layernorm_epsilon": 1e-5,
+        "hidden_size": 64,
+        "normalization": "RMSNorm",
+        "hybrid_layer_pattern": "*-*-",
+    }
+    return Namespace(**(plain | changes))
+
+
+ONE_RANK = arguments()
+WIDTH = arguments(tensor_model_parallel_size=2)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +41,7 @@ WIDTH = Namespace(tensor_model_parallel_size=2, sequence_parallel=False)
             "torch operations instead of Triton kernels (they have no doubly",
         ),
         ({"n": 128}, ONE_RANK, True, "torch operations instead of Triton kernels (they hold the carry"),
+        ({}, arguments(layernorm_epsilon=0.0), True, "torch operations instead of Triton kernels (they need an eps"),
     ],
 )
 def test_what_is_said(settings, args, gpu, sentence, monkeypatch):
@@ -57,6 +72,42 @@ def test_the_interpreter_is_used_when_it_is_asked_for(monkeypatch):
     virtual_width = VirtualWidthConfig(m=2, n=6, kernels="triton")
     assert describe_kernels(ONE_RANK, virtual_width, gpu=False) == "fused Triton kernels in Triton's interpreter"
     assert "there is no GPU" in describe_kernels(ONE_RANK, VirtualWidthConfig(m=2, n=6), gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "gpu", "said"),
+    [
+        ({}, {}, True, []),
+        ({}, {}, False, []),  # torch is what a CPU has
+        ({"kernels": "torch"}, {"normalization": "LayerNorm"}, True, []),
+        ({"n": 128}, {}, True, ["more than ten times their memory traffic (they hold"]),
+        # One reason for both is said once.
+        ({}, {"tensor_model_parallel_size": 2}, True, ["the width partition sums over ranks between"]),
+        ({"kernels": "triton"}, {"normalization": "LayerNorm"}, True, ["of RMS norm, not of layer norm"]),
+        ({"kernels": "triton"}, {"hidden_size": 32768}, True, ["32,768 channels are too many"]),
+        ({"kernels": "triton", "reduce_norm": False}, {"normalization": "LayerNorm"}, True, []),
+        (
+            {"kernels": "triton", "reduce_norm": False},
+            {"normalization": "LayerNorm", "hybrid_layer_pattern": "*-/*-"},
+            True,
+            ["of RMS norm, not of layer norm"],
+        ),
+    ],
+)
+def test_fallbacks_are_said_with_their_cost(settings, changes, gpu, said, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    virtual_width = VirtualWidthConfig(**{"m": 2, "n": 6, **settings})
+    warnings = kernel_fallbacks(arguments(**changes), virtual_width, gpu=gpu)
+    assert len(warnings) == len(said)
+    assert all(words in warning and "traffic" in warning for words, warning in zip(said, warnings, strict=True))
+
+
+@pytest.mark.parametrize(("implementation", "gpu", "said"), [("local", True, True), ("local", False, False)])
+def test_local_layers_on_a_gpu_are_said_with_their_cost(implementation, gpu, said):
+    sizes = {"num_attention_heads": 16, "micro_batch_size": 1, "seq_length": 4096, "bf16": True, "fp16": False}
+    cost = local_layers_cost(arguments(transformer_impl=implementation, **sizes), gpu=gpu)
+    assert (cost is not None and "0.54 GB" in cost) == said
+    assert local_layers_cost(arguments(transformer_impl="transformer_engine"), gpu=gpu) is None
 
 
 @pytest.fixture

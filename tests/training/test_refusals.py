@@ -81,6 +81,9 @@ REFUSED_WITH_VIRTUAL_WIDTH = {
         "--vwn-recompute-block finds no two sublayers",
         "drop it",
     ],
+    "--vwn-n 1000000": ["--vwn-n 1000000", "32,000 GB on a rank", "lower --vwn-n."],
+    "--vwn-ngrams 2,3 --vwn-ngram-vocab 9000000000000": ["GB on a rank", "lower --vwn-n or --vwn-ngram-vocab."],
+    "--vwn-ngrams 2,200 --vwn-ngram-vocab 64": ["--vwn-ngrams", "--seq-length", "shorten them"],
     "--use-mup": ["--use-mup"],
     "--muon-nesterov": ["--muon-nesterov", "drop it"],
     "--cuda-graph-warmup-steps 1": ["--cuda-graph-warmup-steps", "drop it"],
@@ -305,6 +308,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("ordinary fp32 stream", ["--fp32-residual-connection", "Transformer Engine"]),
         ("experts with biases", ["--disable-bias-linear"]),
         ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
+        ("full disk", ["--tensorboard-dir", "nothing can be written to", "(No space left on device)", "make room"]),
         ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
         ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
@@ -372,6 +376,17 @@ def test_says_what_is_trained_and_which_flags_were_added(prepared):
     assert "state of one in 2 sublayers kept" in prepared["stream recompute"]["said"][-1]
 
 
+def test_flags_of_a_later_megatron_are_refused_unless_allowed_and_then_said(prepared):
+    of_later = prepared["later megatron"]
+    assert of_later["not typed"]["virtual_width"] and of_later["its default"]["virtual_width"]
+    assert_refused(of_later["typed"], ["not in the support matrix", "--mtp-loss-scaling-factor", "drop what"])
+    assert of_later["allowed"]["said"][-1].endswith("lets through: --mtp-loss-scaling-factor.")
+
+
+def test_a_node_that_writes_no_events_may_have_a_full_disk(prepared):
+    assert "refusal" not in prepared["full disk elsewhere"], prepared["full disk elsewhere"]
+
+
 def test_exit_codes(prepared):
     # Training that ends, an exit flag of Megatron, Megatron giving up, an error code of Megatron.
     assert prepared["exit codes"] == [0, 0, 1, "SystemExit(3)"]
@@ -390,10 +405,10 @@ def test_both_models_start_from_the_same_backbone(prepared, embedding):
 
 
 def test_a_refused_launch_says_one_sentence_and_fails():
-    done = launch.real(2, *PROGRAM, *MODEL, *MOCK, "--vwn-m", "4", "--vwn-n", "2", env=launch.WITHOUT_GPU)
-    assert done.returncode != 0
+    torchrun = ["-m", "megatron_vwn.training.torchrun", "--standalone", "--nproc-per-node", "2"]
+    done = launch.real(0, *torchrun, *PROGRAM, *MODEL, *MOCK, "--vwn-m", "4", "--vwn-n", "2", env=launch.WITHOUT_GPU)
+    assert done.returncode == 2
     assert len(sentences(done)) == 1 and "--vwn-n 2 is smaller than --vwn-m 4" in sentences(done)[0]
-    assert "exitcode  : 2" in done.stderr
     assert_no_traceback_of_ours(done)
 
 

@@ -19,20 +19,21 @@ def repair() -> None:
     if hasattr(stock_convert, "repaired"):
         return
 
-    def convert(data, source, target, rounding):
+    def convert(data, source, target, *further, **named):
         if (source, target) == (tl.bfloat16, tl.float32):
             return _widen(data).view(np.uint32)
         if (source, target) == (tl.float32, tl.bfloat16):
             return _round(data)
-        return stock_convert(data, source, target, rounding)
+        return stock_convert(data, source, target, *further, **named)
 
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def dot(self, a, b, *further, **named):
         a, b = (interpreter.TensorHandle(_widen(x.data), tl.float32) if _is_bfloat16(x) else x for x in (a, b))
-        return stock_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        return stock_dot(self, a, b, *further, **named)
 
-    def patch(tensor, scope):
-        stock_patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch(tensor, *scope):
+        stock_patch(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr  # Triton 3.5 has no scope
+        set_attribute(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     convert.repaired = True
     interpreter._patch_lang_tensor = patch

@@ -1,4 +1,4 @@
-"""Megatron's arguments when nothing is typed."""
+"""Megatron's parser, and its arguments when nothing is typed."""
 
 import argparse
 import os
@@ -8,8 +8,8 @@ from megatron.training.arguments import add_megatron_arguments
 
 
 def megatron_parser() -> argparse.ArgumentParser:
-    """Megatron's parser of a run's flags, without ours."""
-    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    """A new parser of all of Megatron's flags and no other."""
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
 
 
 def megatron_defaults() -> dict[str, object]:

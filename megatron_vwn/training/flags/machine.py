@@ -4,6 +4,7 @@ Megatron's defaults assume both and fail deep inside model construction. The fla
 visibly and never against what the user typed, so that the printed arguments and the checkpoint show what really ran.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,6 +88,24 @@ def describe(added: Sequence[MachineFlag]) -> str:
     reasons = dict.fromkeys(need.reason for need in added)
     parts = [f"{' '.join(need.text for need in added if need.reason == reason)} ({reason})" for reason in reasons]
     return f"added to the command line: {'; '.join(parts)}"
+
+
+def local_layers_cost(args: argparse.Namespace, *, gpu: bool) -> str | None:
+    """What it costs to train with Megatron's local layers on a GPU, as a sentence; None where that is not done.
+
+    Args:
+        args: Megatron's arguments, validated.
+        gpu: whether a GPU is present (not an emulated one).
+    """
+    if not gpu or args.transformer_impl != "local":
+        return None
+    heads = args.num_attention_heads / args.tensor_model_parallel_size
+    scores = heads * args.micro_batch_size * args.seq_length**2 * (2 if args.bf16 or args.fp16 else 4)
+    return (
+        "Megatron's local layers compute on this GPU instead of Transformer Engine's: attention holds all scores of a "
+        f"sublayer ({scores / 1e9:.2g} GB, more than once) instead of none, norms and activations are not fused, and "
+        "there is no FP8"
+    )
 
 
 def _typed_values(argv: Sequence[str], flag: str) -> list[str]:

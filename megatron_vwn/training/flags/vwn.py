@@ -20,6 +20,7 @@ from megatron_vwn.config import (
     VirtualWidthConfig,
     VirtualWidthError,
 )
+from megatron_vwn.training.refusals.versions import ALLOW_UNTESTED
 
 _PRESETS = ("vwn", "hyper-connections", "frac-connections")
 _FIELDS = tuple(field.name for field in fields(VirtualWidthConfig))
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     answered with the several hundred lines of usage that every rank would print.
     """
     parser.error = _refuse
+    parser.add_argument(
+        ALLOW_UNTESTED,
+        action="store_true",
+        help="Train with a megatron-core, or with flags of it, that nobody has tried with a virtual width; the run "
+        "says which these are.",
+    )
     group = parser.add_argument_group(
         "virtual width",
         "Give --vwn-m and --vwn-n for a virtual width network; neither trains the ordinary HybridModel.",

@@ -196,6 +196,11 @@ _WITH_VIRTUAL_WIDTH = (
         "wide or tiled, or drop it.",
     ),
     Refusal(_blocks_of_one, BLOCKS_OF_ONE),
+    Refusal(
+        lambda args: args.seq_length is not None and max(args.vwn_ngrams or (), default=0) > args.seq_length,
+        "--vwn-ngrams are longer than the sequences of --seq-length, so that a table would never be looked up: shorten "
+        "them.",
+    ),
     _flag("use_mup", "scales learning rates by width and has no rule for a virtual width: drop it."),
     Refusal(
         lambda args: args.optimizer not in ("adam", "sgd"),

@@ -25,7 +25,9 @@ from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
 from megatron_vwn.training.refusals.folders import check_folders
 from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
-from megatron_vwn.training.refusals.monitoring import check_monitoring
+from megatron_vwn.training.refusals.monitoring import check_event_folder, check_monitoring
+from megatron_vwn.training.refusals.size import refuse_too_large
+from megatron_vwn.training.refusals.unknown import refuse_unknown
 
 if TYPE_CHECKING:
     from megatron_vwn.training.run import Run
@@ -62,6 +64,7 @@ def refuse(run: Run) -> None:
     """
     if run.checkpoint is not None:
         refuse_other_model(run.checkpoint, run.args)
+    refuse_unknown(run.args)
     with quoting_megatron():
         refuse_unsupported(run.args, run.virtual_width)
     if run.simulated:
@@ -69,9 +72,11 @@ def refuse(run: Run) -> None:
     with quoting_megatron():
         check_monitoring(run.args, run.virtual_width)
     if run.virtual_width is not None:
+        refuse_too_large(run.args, run.virtual_width, gpu=run.gpu)
         refuse_kernels(run.args, run.virtual_width, gpu=run.gpu)
     if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
         check_folders(run.args)
+        check_event_folder(run.args)
         check_data(run.args)
 
 
