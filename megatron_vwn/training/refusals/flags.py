@@ -24,6 +24,7 @@ from megatron_vwn.training.refusals.layers import LAYER_RULES, pattern_of
 from megatron_vwn.training.refusals.stages import (
     BLOCKS_OF_ONE,
     check_experts,
+    check_pattern,
     recomputes_single_sublayers,
     stages_of_ranks,
 )
@@ -100,14 +101,6 @@ _ALWAYS = (
         ),
         "multi-token prediction on several pipeline stages cannot share embedding and head: add "
         "--untie-embeddings-and-output-weights.",
-    ),
-    Refusal(
-        lambda args: args.num_experts and Symbols.MOE not in pattern_of(args),
-        "--num-experts finds no sublayer E in --hybrid-layer-pattern: write one or drop it.",
-    ),
-    Refusal(
-        lambda args: Symbols.MOE in pattern_of(args) and not args.num_experts,
-        "the sublayer E (experts) needs --num-experts: add it.",
     ),
     # A HybridModel would be without positions, and without a word about it.
     Refusal(
@@ -321,6 +314,8 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
     Raises:
         VirtualWidthError: the sentence of the first rule that applies.
     """
+    if pattern_of(args):
+        check_pattern(pattern_of(args), args.num_experts)
     for rule in _ALWAYS if virtual_width is None else _ALWAYS + _WITH_VIRTUAL_WIDTH:
         if rule.applies(args):
             raise VirtualWidthError(rule.sentence)
