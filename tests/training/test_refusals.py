@@ -145,6 +145,8 @@ REFUSED_ALWAYS = {
     "--init-method-xavier-uniform": ["--init-method-xavier-uniform", "drop it"],
     "--dino-head-hidden-size 7": ["--dino-head-hidden-size", "vision", "drop it"],
     "--use-same-sampling-seed-across-dp-ranks": ["--use-same-sampling-seed-across-dp-ranks", "inference"],
+    "--seed 12345678901234567890": ["--seed", "at most 4000000000"],
+    "--seed 0": ["--seed", "at least 1"],
     "--eval-interval 0": ["--eval-interval", "--eval-iters 0"],
     "--num-attention-heads 7": ["Megatron refuses these flags", "args.hidden_size % args.num_attention_heads == 0"],
     "--context-parallel-size 2": ["context parallelism", "drop --context-parallel-size"],

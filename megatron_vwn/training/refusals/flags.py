@@ -17,7 +17,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
 )
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import LARGEST_SEED, VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training.flags.defaults import megatron_defaults
 from megatron_vwn.training.refusals.fp8 import FP8_RULES
 from megatron_vwn.training.refusals.layers import LAYER_RULES, pattern_of
@@ -144,6 +144,11 @@ _ALWAYS = (
         lambda args: _depths(args) and args.recompute_method == "uniform" and (args.recompute_num_layers or 1) > 1,
         "--recompute-method uniform recomputes further predictions one layer at a time only: set "
         "--recompute-num-layers 1.",
+    ),
+    # Megatron would find out on every rank, behind its process groups.
+    Refusal(
+        lambda args: not 1 <= args.seed <= LARGEST_SEED,
+        f"--seed must be at least 1 and at most {LARGEST_SEED}: give another.",
     ),
     _flag("heterogeneous_layers_config_path", "does not apply to a HybridModel: drop it."),
     _flag("heterogeneous_layers_config_encoded_json", "does not apply to a HybridModel: drop it."),
