@@ -19,6 +19,8 @@ Kernels = Literal["auto", "triton", "torch"]
 
 # Fields that say how a run computes, not what: no checkpoint has them, and a run may change them when it resumes.
 OF_THE_RUN = ("partition", "recompute_block", "kernels", "log_interval")
+# Of --seed: numpy takes seeds below 2^32 = 4,294,967,296, and Megatron adds something to it by rank and epoch.
+LARGEST_SEED = 4_000_000_000
 
 
 class VirtualWidthError(ValueError):

@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         if options.size:
             print(recipe.number("nodes"), recipe.number("gpus-per-node"), recipe.name)
             return 0
+        if recipe.left_out:
+            said = f"{recipe.name} has no experts, so this of its base is left out: {', '.join(recipe.left_out)}"
+            print(f"torchrun.sh: {said}", file=sys.stderr)
         machine = options.machine or ("gpu" if options.dry_run else find_machine())
         arguments = recipe.arguments(transformer_engine=machine == "gpu")
         command = node_command(recipe, arguments, options.rdzv_endpoint, options.rdzv_id or recipe.name)

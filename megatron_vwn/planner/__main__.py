@@ -7,11 +7,14 @@ which are printed and can be changed by flags; nothing is measured.
 """
 
 import argparse
+import gc
 import logging
 import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from megatron_vwn.atomic import write_json
 from megatron_vwn.cli import exit_code
@@ -38,7 +41,12 @@ _BLOCK = 4
 def main(argv: list[str] | None = None) -> int:
     """Plan one recipe; returns the exit code."""
     options = _parser().parse_intermixed_args(argv)
-    return exit_code("vwn-plan", lambda: _run(options))
+    # The models of a plan are small, and each collection of garbage would go through a million objects of Megatron's.
+    gc.disable()
+    try:
+        return exit_code("vwn-plan", lambda: _run(options))
+    finally:
+        gc.enable()
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -47,14 +55,17 @@ def _run(options: argparse.Namespace) -> None:
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise VirtualWidthError(f"--json is {options.json}, whose folder is not there: make it.")
     recipe, impossible = _recipe(options)
+    print(f"{recipe.name} on {recipe.world_size} {options.hardware}", flush=True)
+    if recipe.left_out:
+        print(f"It has no experts, so this of its base is left out: {', '.join(recipe.left_out)}", flush=True)
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.disable(logging.WARNING)
 
-    from megatron_vwn.planner.parameters import exact_and_count
-    from megatron_vwn.planner.print import as_json, assumption_lines, plan_lines, search_lines
-    from megatron_vwn.planner.search import plan, search
+    with tqdm(desc="importing Megatron", total=1, disable=None, leave=False):
+        from megatron_vwn.planner.parameters import exact_and_count
+        from megatron_vwn.planner.print import as_json, assumption_lines, plan_lines, search_lines
+        from megatron_vwn.planner.search import plan, search
 
-    print(f"{recipe.name} on {recipe.world_size} {options.hardware}")
     written: dict = {
         "recipe": recipe.name,
         "gpus": recipe.world_size,

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from megatron_vwn import cpu
 
@@ -48,10 +49,16 @@ def exact(recipe: Recipe) -> list[Parameters]:
 
 def exact_and_count(recipe: Recipe) -> tuple[list[Parameters], Count]:
     """As ``exact``, and the numbers of the whole model, which come from the same ranks."""
+    held: list[Parameters] = []
     with simulated_world(_arguments(recipe), recipe.world_size) as world:
-        held: list[Parameters] = []
-        whole = world.count(lambda built: held.append(of_rank(built)))
-        return held, whole
+        stages = len(world.stage_ranks())
+        with tqdm(desc=f"building {recipe.name}", total=stages, unit="stage", disable=None, leave=False) as bar:
+
+            def look(built: SimulatedRank) -> None:
+                held.append(of_rank(built))
+                bar.update()
+
+            return held, world.count(look)
 
 
 def pieces(recipe: Recipe) -> dict[str, Parameters]:

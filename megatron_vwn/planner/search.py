@@ -123,16 +123,18 @@ def _predicted(shape: Shape, held: list[Parameters], rates: Rates) -> float | No
 
 def _built(candidates: list[Recipe], rates: Rates, top: int) -> list[Plan]:
     """The first ``top`` that Megatron builds and that still fit with the parameters that were built."""
-    plans = []
-    for candidate in candidates:
-        if len(plans) == top:
-            break
-        try:
-            one = plan(candidate, exact(candidate), rates)
-        except VirtualWidthError:  # a rule of Megatron's that the recipe loader does not have
-            continue
-        if one.fits(rates):
-            plans.append(one)
+    plans: list[Plan] = []
+    with tqdm(desc="building the fastest", total=top, unit="layout", disable=None, leave=False) as bar:
+        for candidate in candidates:
+            if len(plans) == top:
+                break
+            try:
+                one = plan(candidate, exact(candidate), rates)
+            except VirtualWidthError:  # a rule of Megatron's that the recipe loader does not have
+                continue
+            if one.fits(rates):
+                plans.append(one)
+                bar.update()
     return plans
 
 

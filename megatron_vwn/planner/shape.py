@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops.costs import Width
-from megatron_vwn.recipes.layout import check_layout, hybrid_pattern, virtual_width_of
+from megatron_vwn.recipes.layout import check_layout, hybrid_pattern
 from megatron_vwn.recipes.recipe import Recipe
+from megatron_vwn.recipes.width import virtual_width_of
 
 KINDS = {"*": "attention", "-": "MLP", "E": "MoE"}
 _NOT_MODELLED = (
@@ -162,7 +163,7 @@ def shape_of(recipe: Recipe) -> Shape:
     tensor, context = recipe.number("tensor-model-parallel-size", 1), recipe.number("context-parallel-size", 1)
     heads, hidden = recipe.number("num-attention-heads"), recipe.number("hidden-size")
     parallel = bool(recipe.get("sequence-parallel")) and tensor > 1
-    virtual_width = _virtual_width(recipe)
+    virtual_width = virtual_width_of(recipe.flags)
     routed = bool(recipe.get("num-experts"))
     precise = bool(recipe.get("use-precision-aware-optimizer"))
     state_keys = ("main-params-dtype", "exp-avg-dtype", "exp-avg-sq-dtype") if precise else ("", "", "")
@@ -239,13 +240,6 @@ def _bytes(dtype: str | None) -> int:
     return sizes[dtype or "fp32"]
 
 
-def _virtual_width(recipe: Recipe) -> VirtualWidthConfig | None:
-    width = virtual_width_of(recipe)
-    if width is None and not recipe.baseline:
-        raise VirtualWidthError(f"{recipe.name} has a virtual width without vwn-m and vwn-n: give both to plan it.")
-    return width
-
-
 def _refuse_unknown(recipe: Recipe, pattern: str) -> None:
     for symbol in pattern:
         if symbol not in (*KINDS, "|", "/"):
@@ -263,7 +257,7 @@ def _refuse_unknown(recipe: Recipe, pattern: str) -> None:
             "the planner's experts communicate all-to-all: set moe-token-dispatcher-type to alltoall."
         )
     # What torch operations keep of the stream is several times what the kernels keep.
-    width = _virtual_width(recipe)
+    width = virtual_width_of(recipe.flags)
     if width is not None and (width.carry == "doubly-stochastic" or width.n > 64 or width.kernels == "torch"):
         raise VirtualWidthError(
             f"{recipe.name} runs on torch operations, and the planner has formulas for the fused kernels alone: choose "

@@ -18,7 +18,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -147,7 +149,11 @@ class SimulatedWorld:
         """
         _join(self.args, rank)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        builder = VirtualWidthModelBuilder(self.model_config)
+        # Nothing is drawn on the meta device, and calling what would draw takes longer than all the rest.
+        undrawn = copy(self.model_config)
+        undrawn.transformer = copy(undrawn.transformer)
+        undrawn.transformer.perform_initialization = False
+        builder = VirtualWidthModelBuilder(undrawn)
         with _quietly(), torch.device("meta"):
             chunks = build_virtual_pipeline_stages(
                 builder.build_model, groups, self.model_config.transformer.virtual_pipeline_model_parallel_size
@@ -245,8 +251,12 @@ def simulated_world(argv: Sequence[str], world_size: int) -> Iterator[SimulatedW
         sys.argv[:] = surroundings[1]
 
 
+# Looks through Megatron's sources each time.
+_fix_once = cache(apply_fixes)
+
+
 def _checked(argv: Sequence[str]) -> Run:
-    apply_fixes()
+    _fix_once()
     run = Run.parse(argv, gpu=False, simulated=True)
     with _quietly():
         run.check()

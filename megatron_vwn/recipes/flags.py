@@ -5,7 +5,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import yaml
@@ -15,6 +16,8 @@ from megatron_vwn.config import VirtualWidthError
 # Of a recipe, in the order in which their flags are written.
 SECTIONS = ("model", "virtual_width", "layout", "optimizer", "data", "run", "resilience", "gpu")
 Value = str | int | float | bool | list | None
+# Digits of a whole number that a flag may have; Python refuses to read one of thousands.
+_LONGEST_NUMBER = 30
 
 
 def typed(key: str, value: Value) -> list[str]:
@@ -29,7 +32,24 @@ def typed(key: str, value: Value) -> list[str]:
     return [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
 
 
-class _AsWritten(yaml.SafeLoader):
+class EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping; of several the library would take the last one in silence."""
+
+    def compose_mapping_node(self, anchor):
+        """As the library does; in the text keys stand once, before a merge (<<) adds others."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands in line {lines[key.value]} and again in line {line}"
+                )
+            lines[str(key.value)] = line
+        return node
+
+
+class _AsWritten(EachKeyOnce):
     """YAML in which true, false, null and whole numbers are what they say, and all else is the text that was written.
 
     By YAML 1.1, as the library reads it, 010 would be 8, 1:30 90, on true, and 1e-3 a word but 1.0e-3 a number.
@@ -53,6 +73,26 @@ def read_yaml(text: str) -> object:
         yaml.YAMLError: it is none.
     """
     return yaml.load(text, _AsWritten)  # a safe loader
+
+
+def read_yaml_file(path: Path, read: Callable[[str], object] = read_yaml) -> dict[str, object]:
+    """The content of a file whose keys are names.
+
+    Args:
+        path: the file.
+        read: what makes values of its text.
+
+    Raises:
+        VirtualWidthError: it cannot be read, is no YAML, or no keys with values.
+    """
+    try:
+        content = read(path.read_text(encoding="utf-8"))
+    except Exception as error:  # what the library's constructors raise of a value is no YAMLError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise VirtualWidthError(f"{path} cannot be read as YAML ({reason}): correct it.") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise VirtualWidthError(f"{path} is no list of keys with values: correct it.")
+    return content
 
 
 def parse_overrides(
@@ -117,7 +157,8 @@ def _value(text: str, word: str) -> Value:
 
 def _number(text: str) -> int | str:
     """A whole number in its usual form, so that it is written again as it was typed; anything else as it is."""
-    return int(text) if text.removeprefix("-").isdecimal() and str(int(text)) == text else text
+    whole = len(text) <= _LONGEST_NUMBER and text.removeprefix("-").isdecimal()
+    return int(text) if whole and str(int(text)) == text else text
 
 
 def check_flags(arguments: Sequence[str]) -> None:

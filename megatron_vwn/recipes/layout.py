@@ -5,13 +5,14 @@ Megatron finds most of this out too, one assertion at a time, on every rank and 
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.recipes.width import check_virtual_width
 from megatron_vwn.training.refusals.stages import (
     BLOCKS_OF_ONE,
     check_experts,
+    check_pattern,
     recomputes_single_sublayers,
     stages_of_ranks,
 )
@@ -28,8 +29,15 @@ def hybrid_pattern(recipe: Recipe) -> str:
     otherwise.
 
     Raises:
-        VirtualWidthError: the layers are no list of [how often, sublayers], or do not divide into the stages.
+        VirtualWidthError: the layers are no list of [how often, sublayers], do not divide into the stages, or are none
+            that Megatron builds.
     """
+    pattern = _pattern(recipe)
+    check_pattern(pattern, recipe.get("num-experts"))
+    return pattern
+
+
+def _pattern(recipe: Recipe) -> str:
     written = recipe.get("hybrid-layer-pattern")
     if written is not None:
         _check_marks(recipe, str(written))
@@ -110,7 +118,7 @@ def check_layout(recipe: Recipe) -> None:
         raise VirtualWidthError("experts on several tensor-parallel ranks need sequence-parallel: make it true.")
     check_stages(recipe)
     _check_recompute(recipe)
-    _check_virtual_width(recipe, tensor)
+    check_virtual_width(recipe.flags)
 
 
 _DEGREES = (
@@ -193,38 +201,6 @@ def _check_groups(recipe: Recipe, tensor: int) -> None:
         )
 
 
-def virtual_width_of(recipe: Recipe) -> VirtualWidthConfig | None:
-    """What the section ``virtual_width`` describes; None without m and n: the ordinary model, a preset, or a mistake
-    that the training program explains.
-
-    Raises:
-        VirtualWidthError: values that no model can have.
-    """
-    given = {}
-    for key, value in recipe.sections["virtual_width"].items():
-        if value is not None and value is not False:
-            field = key.replace("vwn-", "").removeprefix("no-").replace("-", "_")
-            given[field] = False if key.startswith("no-") else value
-    if not {"m", "n"} <= set(given):
-        return None
-    known = {field.name: given[field.name] for field in fields(VirtualWidthConfig) if field.name in given}
-    if isinstance(known.get("ngrams"), str):
-        known["ngrams"] = tuple(int(length) for length in known["ngrams"].split(",") if length.isdecimal())
-    return VirtualWidthConfig(**known)
-
-
-def _check_virtual_width(recipe: Recipe, tensor: int) -> None:
-    """What the width's own configuration refuses."""
-    width = virtual_width_of(recipe)
-    if width is None:
-        return
-    hidden = recipe.number("hidden-size")
-    width.check_model(hidden_size=hidden, tied_embeddings=not recipe.get("untie-embeddings-and-output-weights"))
-    width.check_parallel(
-        hidden_size=hidden, tensor_parallel_size=tensor, sequence_parallel=bool(recipe.get("sequence-parallel"))
-    )
-
-
 def _stages(recipe: Recipe) -> int:
     return recipe.number("pipeline-model-parallel-size", 1) * recipe.number("stages-per-rank", 1)
 
@@ -249,7 +225,7 @@ def layer_kinds(recipe: Recipe) -> list[tuple[int, str]]:
 def _is_layer_kind(entry: object) -> bool:
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         return False
-    return type(entry[0]) is int and entry[0] > 0 and not set(entry[1]) & set("|/")
+    return type(entry[0]) is int and entry[0] > 0 and entry[1] != "" and not set(entry[1]) & set("|/")
 
 
 def _layers(recipe: Recipe) -> list[str]:
@@ -259,8 +235,10 @@ def _layers(recipe: Recipe) -> list[str]:
 def _stage_sizes(recipe: Recipe, layers: int, stages: int, last: int) -> list[int]:
     written = recipe.get("layers-per-stage")
     if written is not None:
-        if not isinstance(written, list) or not all(type(size) is int and size >= 0 for size in written):
-            raise VirtualWidthError(f"layers-per-stage is {written!r}: give a list of numbers, one per stage.")
+        if not isinstance(written, list) or not all(type(size) is int and size > 0 for size in written):
+            raise VirtualWidthError(
+                f"layers-per-stage is {written!r}: give a list of numbers of at least 1, one per stage."
+            )
         if len(written) != stages or sum(written) != layers:
             raise VirtualWidthError(
                 f"layers-per-stage {written} has {sum(written)} layers in {len(written)} stages, and the recipe has "

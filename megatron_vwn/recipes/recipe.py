@@ -1,8 +1,9 @@
 """Recipes: from a readable YAML to the argument list of ``megatron_vwn.training.pretrain``.
 
 A recipe has sections (``SECTIONS``) whose keys are flags of Megatron or of the virtual width without their dashes, and
-a few of the launcher's own (``OWN``). ``base: other.yaml`` takes everything from another recipe first; null removes a
-key. Nothing here imports torch or Megatron, so that a login node can read a recipe.
+a few of the launcher's own (``OWN``). ``base: other.yaml`` takes everything from another recipe first, from a file
+beside it or from one of this package; null removes a key. Nothing here imports torch or Megatron, so that a login node
+can read a recipe.
 """
 
 import difflib
@@ -10,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.recipes.flags import SECTIONS, Value, parse_overrides, read_yaml, typed
+from megatron_vwn.recipes.flags import SECTIONS, Value, parse_overrides, read_yaml_file, typed
 from megatron_vwn.recipes.layout import check_layout, hybrid_pattern
 from megatron_vwn.recipes.shrink import shrink_recipe
+from megatron_vwn.recipes.width import PREFIXES
 
 # In a checkout, and where the wheel has them (setup.py).
 _PLACES = (Path(__file__).parents[2] / "examples" / "recipes", Path(__file__).parent / "yaml")
@@ -33,6 +33,8 @@ OWN = {
     "in-job-restart": "resilience",
 }
 _OTHER_KEYS = ("base", "stated")
+# Sizes of the layout that say nothing without experts; all else about them begins like this.
+_EXPERTS_LAYOUT, _EXPERTS_PREFIXES = ("expert-model-parallel-size", "expert-tensor-parallel-size"), ("moe-", "no-moe-")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,16 @@ class Recipe:
         sections: key to value, by section.
         stated: what the paper, or we, say of the backbone's parameters: ``active``, ``total``, ``by``.
         overridden: keys that did not come from the file.
+        written: keys that the file itself has, and not its base.
+        left_out: keys of a base with experts that say nothing in this model without any.
     """
 
     name: str
     sections: dict[str, dict[str, Value]]
     stated: dict[str, float | str]
     overridden: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
     def get(self, key: str, default: Value = None) -> Value:
         """The value of a key, in whatever section it is."""
@@ -57,6 +63,11 @@ class Recipe:
             if section.get(key) is not None:
                 return section[key]
         return default
+
+    @property
+    def flags(self) -> dict[str, Value]:
+        """All keys with their values."""
+        return {key: value for section in self.sections.values() for key, value in section.items()}
 
     def number(self, key: str, default: int | None = None) -> int:
         """The value of a key that must be a whole number of at least 1.
@@ -97,7 +108,7 @@ class Recipe:
         for name, section in self.sections.items():
             if key in section:
                 return name
-        return OWN.get(key) or ("virtual_width" if key.startswith("vwn-") else "run")
+        return OWN.get(key) or ("virtual_width" if key.startswith(PREFIXES) else "run")
 
     def arguments(self, *, transformer_engine: bool) -> list[str]:
         """Flags for ``python -m megatron_vwn.training.pretrain``, each with its name.
@@ -149,11 +160,11 @@ def load_recipe(
     recipe = read_recipe(name, folder)
     values = parse_overrides(overrides, flags, OWN)
     if baseline:
-        asked = [key for key in values if key.startswith("vwn-")]
+        asked = [key for key in values if key.startswith(PREFIXES)]
         if asked:
             raise VirtualWidthError(f"the baseline has no virtual width: drop {asked[0]} or --baseline.")
         recipe = recipe.without_virtual_width()
-    recipe = replace(recipe.with_values(values), overridden=frozenset(values))
+    recipe = _without_experts(replace(recipe.with_values(values), overridden=frozenset(values)))
     if shrink != 1:
         recipe = shrink_recipe(recipe, shrink)
     check_layout(recipe)
@@ -173,9 +184,32 @@ def read_recipe(name: str, folder: Path = FOLDER) -> Recipe:
             raise VirtualWidthError(_unknown_recipe(name, folder))
     elif not path.is_file():
         raise VirtualWidthError(f"there is no recipe {name}: give the path of a YAML file, or a recipe's name.")
-    content = _read(path, ())
+    content, written = _read(path, (), folder)
     stated = {key: _stated(key, value, path) for key, value in content.pop("stated", {}).items()}
-    return Recipe(path.stem, {section: content.get(section) or {} for section in SECTIONS}, stated)
+    sections = {section: content.get(section) or {} for section in SECTIONS}
+    seen: dict[str, str] = {}
+    for name, section in sections.items():
+        for key in section:
+            if seen.setdefault(key, name) != name:
+                raise VirtualWidthError(f"{path} has {key} in the sections {seen[key]} and {name}: keep one of them.")
+    return Recipe(path.stem, sections, stated, written=written)
+
+
+def _without_experts(recipe: Recipe) -> Recipe:
+    """A model without experts, without what its base says of them.
+
+    Raises:
+        VirtualWidthError: the recipe itself, or an override, says something of experts that are not there.
+    """
+    if recipe.get("num-experts"):
+        return recipe
+    given = [key for key, value in recipe.flags.items() if value not in (None, False)]
+    of_experts = [key for key in given if key.startswith(_EXPERTS_PREFIXES)]
+    for key in of_experts:
+        if key in recipe.written | recipe.overridden:
+            raise VirtualWidthError(f"{key} of {recipe.name} says nothing without num-experts: drop it, or give both.")
+    of_experts += [key for key in given if key in _EXPERTS_LAYOUT and key not in recipe.written | recipe.overridden]
+    return replace(recipe.with_values(dict.fromkeys(of_experts)), left_out=tuple(of_experts))
 
 
 def _stated(key: str, value: Value, path: Path) -> float | str:
@@ -197,31 +231,45 @@ def _unknown_recipe(name: str, folder: Path) -> str:
     return f"there is no recipe {name}: choose one of {', '.join(names)}."
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, dict]:
-    """A file's content on top of its base's."""
-    try:
-        content = read_yaml(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise VirtualWidthError(f"{path} cannot be read as YAML ({reason}): correct it.") from None
-    if not isinstance(content, dict):
-        raise VirtualWidthError(f"{path} is no recipe: it needs the sections {', '.join(SECTIONS)}.")
+def _read(path: Path, readers: tuple[Path, ...], folder: Path) -> tuple[dict[str, dict], frozenset[str]]:
+    """A file's content on top of its base's, and the keys that are its own."""
+    content = read_yaml_file(path)
     for name, section in content.items():
         if name not in (*SECTIONS, *_OTHER_KEYS):
             raise VirtualWidthError(
                 f"{path} has a section {name!r}: write keys into one of the sections {', '.join(SECTIONS)}."
             )
-        if name != "base" and not isinstance(section, dict):
-            raise VirtualWidthError(f"the section {name} of {path} is no list of keys with values: correct it.")
+        if name != "base":
+            _check_section(path, name, section)
+    written = frozenset(key for name, section in content.items() if name in SECTIONS for key in section)
     base = content.pop("base", None)
     if base is None:
-        return content
-    source = path.parent / str(base)
-    if source in (path, *readers):
+        return content, written
+    source, readers = _base(path, str(base), folder), (*readers, path.resolve())
+    if source in readers:
         raise VirtualWidthError(f"{path} has itself as its base: drop base.")
-    if not source.is_file():
-        raise VirtualWidthError(f"{path} has the base {base}, which is not there: correct it.")
-    return _merge(_read(source, (path, *readers)), content)
+    return _merge(_read(source, readers, folder)[0], content), written
+
+
+def _check_section(path: Path, name: str, section: object) -> None:
+    if not isinstance(section, dict):
+        raise VirtualWidthError(f"the section {name} of {path} is no list of keys with values: correct it.")
+    for key, value in section.items():
+        if not isinstance(key, str) or isinstance(value, dict) or not isinstance(value, Value):
+            raise VirtualWidthError(
+                f"{key} in the section {name} of {path} is no flag with a number, a word or a list: correct it."
+            )
+
+
+def _base(path: Path, base: str, folder: Path) -> Path:
+    """The file beside ``path``, or else the recipe of this package, that ``base`` names."""
+    for place in (path.parent / base, folder / base, folder / f"{base}.yaml"):
+        if place.is_file():
+            return place.resolve()
+    raise VirtualWidthError(
+        f"{path} has the base {base}, which is neither a file beside it nor one of "
+        f"{', '.join(['common', *recipe_names(folder)])}: correct it."
+    )
 
 
 def _merge(below: dict[str, dict], above: dict[str, dict]) -> dict[str, dict]:

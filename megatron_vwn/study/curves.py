@@ -68,13 +68,13 @@ class Spread:
 
     Attributes:
         x: points.
-        mean, low, high: of the curves there: mean, smallest and largest.
+        mean: of the curves there.
+        half: half of the mean's 95 % interval there (Student's t); None for one curve.
     """
 
     x: np.ndarray
     mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    half: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,10 @@ class Estimate:
     Attributes:
         mean: of the values.
         half: half of the 95 % confidence interval (Student's t); None for one value.
-        low, high: smallest and largest value.
-        count: how many values.
     """
 
     mean: float
     half: float | None
-    low: float
-    high: float
-    count: int
 
     @property
     def clear(self) -> bool:
@@ -105,7 +100,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     if not len(values):
         return None
     array = np.asarray(values, dtype=float)
-    return Estimate(float(array.mean()), half_interval(array), float(array.min()), float(array.max()), len(array))
+    return Estimate(float(array.mean()), half_interval(array))
 
 
 def half_interval(values: np.ndarray, axis: int = 0) -> float | np.ndarray | None:
@@ -118,14 +113,12 @@ def half_interval(values: np.ndarray, axis: int = 0) -> float | np.ndarray | Non
 
 
 def spread(curves: Sequence[Curve]) -> Spread:
-    """Mean and extremes at all points of the curves, as far as all of them reach."""
+    """Mean and interval at all points of the curves, as far as all of them reach."""
     first, last = max(curve.x[0] for curve in curves), min(curve.end for curve in curves)
     points = np.unique(np.concatenate([curve.x for curve in curves]))
     points = points[(points >= first) & (points <= last)]
     values = np.array([np.interp(points, curve.x, curve.y) for curve in curves])
-    if not len(points):
-        return Spread(*(np.empty(0) for _ in range(4)))
-    return Spread(points, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+    return Spread(points, values.mean(axis=0), half_interval(values))
 
 
 def difference(curve: Curve, other: Curve) -> Curve | None:

@@ -141,8 +141,9 @@ def _hidden(path: Path) -> bool:
 def _read_run(path: Path, name: str) -> LoggedRun:
     events = _accumulate(path)
     scalars, arguments = _scalars(events), _arguments(events)
-    if arguments.get("do_test") in ("1", "True"):
-        scalars |= {tag: _without_test(pairs) for tag, pairs in scalars.items() if tag.endswith(" validation")}
+    # Behind the last regular validation, under its tag and step: one more on further samples, and the test set's.
+    for _ in range(1 + (arguments.get("do_test") in ("1", "True"))):
+        scalars |= {tag: _without_second(pairs) for tag, pairs in scalars.items() if tag.endswith(" validation")}
     variant, seed = split_seed(name)
     root = path.parent if path.name == "events" else path
     run = LoggedRun(
@@ -180,10 +181,10 @@ def _scalars(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
     return by_tag
 
 
-def _without_test(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Megatron ends with the loss on the test set, under the tag and step of the last validation."""
-    ended = len(pairs) > 1 and pairs[-1][0] == pairs[-2][0]
-    return pairs[:-1] if ended else pairs
+def _without_second(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Without the last value, if the value before it is of the same step."""
+    twice = len(pairs) > 1 and pairs[-1][0] == pairs[-2][0]
+    return pairs[:-1] if twice else pairs
 
 
 def _samples(scalars: dict[str, list[tuple[int, float]]]) -> Curve:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.recipes.flags import Value, typed
+from megatron_vwn.config import LARGEST_SEED, VirtualWidthError
+from megatron_vwn.recipes.flags import EachKeyOnce, Value, read_yaml_file, typed
+from megatron_vwn.recipes.width import PREFIXES, check_virtual_width
 from megatron_vwn.study.grid import expand_grid
+from megatron_vwn.training.refusals.stages import check_pattern
 
 _KEYS = ("title", "ranks", "seeds", "baseline", "data", "made-by", "keep-checkpoints", "flags", "variants", "grid")
 # Each run has its own; a study could not find its runs again.
@@ -38,7 +40,7 @@ class Variant:
     @property
     def is_baseline(self) -> bool:
         """Whether the model has no virtual width."""
-        return not any(key.startswith("vwn-") and value not in (None, False) for key, value in self.flags.items())
+        return not any(key.startswith(PREFIXES) and value not in (None, False) for key, value in self.flags.items())
 
     @property
     def steps(self) -> int:
@@ -122,13 +124,13 @@ def load_study(path: Path, data: str | None = None) -> Study:
     Raises:
         VirtualWidthError: no readable study, unknown keys, names that repeat, values that make no run.
     """
-    content = _read(path)
+    content = read_yaml_file(path, lambda text: yaml.load(text, EachKeyOnce))  # a safe loader
     for key in content:
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            near = difflib.get_close_matches(key, _KEYS, n=1)
             advice = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(_KEYS)}."
             raise VirtualWidthError(f"{path} has the key {key!r}: {advice}")
-    prefix = data if data is not None else content.get("data")
+    prefix = data if data is not None else _text(path, "data", content.get("data"))
     shared = _flags(path, "flags", content.get("flags") or {})
     variants = []
     for name, own in _mapping(path, "variants", content.get("variants")).items():
@@ -140,14 +142,14 @@ def load_study(path: Path, data: str | None = None) -> Study:
         if names.count(name) > 1:
             raise VirtualWidthError(f"{path} has two variants called {name}: give one of them another name.")
     return Study(
-        title=str(content.get("title", path.stem)),
+        title=_text(path, "title", content.get("title")) or path.stem,
         ranks=_whole(path, "ranks", content.get("ranks", 1), 1),
         baseline=_baseline(path, content.get("baseline"), variants),
         variants=tuple(variants),
         seeds=_seeds(path, content.get("seeds", [1])),
         keep_checkpoints=_switch(path, "keep-checkpoints", content.get("keep-checkpoints", False)),
         has_prefix=content.get("data") is not None,
-        made_by=content.get("made-by"),
+        made_by=_text(path, "made-by", content.get("made-by")),
     )
 
 
@@ -189,6 +191,12 @@ def _variant(path: Path, name: str, flags: dict[str, Value], prefix: str | None)
         filled["no-vwn-reduce-norm"] = True
     for key in ("train-iters", "global-batch-size", "seq-length"):
         _whole(path, f"{key} of {name}", filled.get(key), 1)
+    try:
+        check_virtual_width(filled)
+        if "hybrid-layer-pattern" in filled:
+            check_pattern(str(filled["hybrid-layer-pattern"]), filled.get("num-experts"))
+    except VirtualWidthError as refusal:
+        raise VirtualWidthError(f"{name} of {path} cannot be trained: {refusal}") from None
     return Variant(name, filled)
 
 
@@ -196,16 +204,6 @@ def _fill(value: Value, prefix: str | None) -> Value:
     if isinstance(value, list):
         return [_fill(each, prefix) for each in value]
     return value.replace("{data}", str(prefix)) if isinstance(value, str) else value
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise VirtualWidthError(f"{path} cannot be read ({' '.join(str(error).split())}): correct it.") from None
-    if not isinstance(content, dict):
-        raise VirtualWidthError(f"{path} is no study: it needs keys such as {', '.join(_KEYS)}.")
-    return content
 
 
 def _mapping(path: Path, name: str, value: object) -> dict:
@@ -220,8 +218,12 @@ def _grids(path: Path, value: object) -> list[dict[str, Value]]:
 
 
 def _flags(path: Path, name: str, value: object, also: tuple[str, ...] = ()) -> dict[str, Value]:
-    flags = {str(key).replace("_", "-"): each for key, each in _mapping(path, name, value).items()}
-    for key, each in flags.items():
+    flags: dict[str, Value] = {}
+    for written, each in _mapping(path, name, value).items():
+        key = str(written).replace("_", "-")
+        if key in flags:
+            raise VirtualWidthError(f"{name} of {path} has {key} with a dash and with an underscore: keep one.")
+        flags[key] = each
         if key in _RESERVED:
             raise VirtualWidthError(f"{name} of {path} has {key}, which vwn-study gives to every run: drop it.")
         if key in ("r", "m", "n") and key not in also:
@@ -231,16 +233,23 @@ def _flags(path: Path, name: str, value: object, also: tuple[str, ...] = ()) -> 
     return flags
 
 
-def _whole(path: Path, name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _whole(path: Path, name: str, value: object, least: int, largest: int | None = None) -> int:
+    if type(value) is not int or value < least or (largest is not None and value > largest):
         said = "missing" if value is None else repr(value)
-        raise VirtualWidthError(f"{name} in {path} is {said}: give a whole number of at least {least}.")
+        above = "" if largest is None else f" and at most {largest}"
+        raise VirtualWidthError(f"{name} in {path} is {said}: give a whole number of at least {least}{above}.")
+    return value
+
+
+def _text(path: Path, name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise VirtualWidthError(f"{name} of {path} is {value!r}: write text, in quotes if it looks like a number.")
     return value
 
 
 def _seeds(path: Path, value: object) -> tuple[int, ...]:
     seeds = value if isinstance(value, list) else [value]
-    seeds = tuple(_whole(path, "a seed", seed, 1) for seed in seeds)
+    seeds = tuple(_whole(path, "a seed", seed, 1, LARGEST_SEED) for seed in seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise VirtualWidthError(f"seeds of {path} are none or repeat: give each once.")
     return seeds

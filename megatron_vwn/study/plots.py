@@ -81,12 +81,14 @@ def _losses(comparison: Comparison, result: MetricResult) -> Figure:
     figure, axes = pyplot.subplots(figsize=(7.4, 4.4))
     shown = []
     for name in result.curves:
-        seeds = result.longest(name)
-        label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        shown += _band(axes, comparison, result, name, list(seeds.values()), label=label)
+        seeds = list(result.longest(name).values())
+        # The seeds themselves: what they have in common tells no variant from another, and is no band of one.
+        for curve in seeds if len(seeds) > 1 else ():
+            axes.plot(curve.x, curve.y, **_style(comparison, name), linewidth=0.7, alpha=0.4)
+        shown += _mean(axes, comparison, result, name, seeds, f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
     _frame(axes, comparison, result, shown, margin=0.04)
     axes.set_ylabel(result.metric.title)
-    axes.set_title("Mean of the seeds; bands from the lowest to the highest", loc="left")
+    axes.set_title("Mean of the seeds; thin lines are single seeds", loc="left")
     return figure
 
 
@@ -100,26 +102,41 @@ def _gaps(comparison: Comparison, result: MetricResult) -> Figure | None:
         if name == comparison.baseline or not pairs:
             continue
         mark = {} if result.metric.smoothed else {"marker": _marker(comparison, name), "markersize": 4}
-        shown += _band(axes, comparison, result, name, pairs, label=name, **mark)
+        shown += _mean(axes, comparison, result, name, pairs, name, band=True, **mark)
     if not axes.lines:
         pyplot.close(figure)
         return None
     axes.axhline(0, color=_BASELINE, linestyle="--", linewidth=1.2, label=f"{comparison.baseline} (0)")
     _frame(axes, comparison, result, [0.0, *shown], margin=0.05)
     axes.set_ylabel(f"{result.metric.title}\nminus the baseline's")
-    axes.set_title("Below 0 is better; pairs of equal seeds, bands from the lowest to the highest", loc="left")
+    axes.set_title("Below 0 is better; pairs of equal seeds, bands are 95 % intervals over seeds", loc="left")
     return figure
 
 
-def _band(axes, comparison: Comparison, result: MetricResult, name: str, curves: list[Curve], **line) -> list[float]:
-    """Draw the mean of a variant's curves and their band; returns the values that should be in sight."""
+def _mean(
+    axes,
+    comparison: Comparison,
+    result: MetricResult,
+    name: str,
+    curves: list[Curve],
+    label: str,
+    *,
+    band: bool = False,
+    **line,
+) -> list[float]:
+    """Draw the mean of a variant's curves, and its interval; returns the values that should be in sight.
+
+    Those are the curves' own: the interval of two seeds may be ten times as wide, and leaves the picture.
+    """
     each, style = spread(curves), _style(comparison, name)
     if not len(each.x):
         return []
-    axes.plot(each.x, each.mean, **style, **line, linewidth=1.7)
-    axes.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.15, linewidth=0)
-    inside = each.x >= _SHOWN_FROM * result.budget
-    return [*each.low[inside], *each.high[inside]]
+    axes.plot(each.x, each.mean, **style, **line, label=label, linewidth=1.7)
+    if band and each.half is not None:
+        low, high = each.mean - each.half, each.mean + each.half
+        axes.fill_between(each.x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    begin = _SHOWN_FROM * result.budget
+    return [float(y) for curve in curves for y in curve.y[(curve.x >= begin) & (curve.x <= result.budget)]]
 
 
 def _frame(axes, comparison: Comparison, result: MetricResult, shown: list[float], margin: float) -> None:

@@ -78,14 +78,18 @@ def _code(text: str) -> Markup:
     return Markup(f"{fence}\n{text}\n{fence}")
 
 
-def _number(value: Estimate | None, otherwise: str = _NOTHING, sign: str = "") -> str:
-    if not value:
-        return otherwise
-    return f"{value.mean:{sign}.4f}" + ("" if value.half is None else f" ± {value.half:.4f}")
+def _number(value: Estimate | None, otherwise: str = _NOTHING) -> str:
+    """A mean alone: what seeds do to all variants alike is no uncertainty of a comparison."""
+    return f"{value.mean:.4f}" if value else otherwise
 
 
 def _signed(value: Estimate | None) -> str:
-    return _number(value, sign="+")
+    """A difference from the baseline, with its interval."""
+    return f"{value.mean:+.4f}{_interval(value)}" if value else _NOTHING
+
+
+def _interval(value: Estimate, digits: int = 4) -> str:
+    return "" if value.half is None else f" ± {value.half:.{digits}f}"
 
 
 def _whole(value: float | None) -> str:
@@ -112,8 +116,8 @@ def _reached(here: Compared, unit: str) -> str:
     said = f"the baseline's final loss after {here.speedup.mean:.2f} times fewer {unit}"
     if here.speedup.mean < 1:
         said = f"the baseline's final loss after {1 / here.speedup.mean:.2f} times as many {unit}"
-    if here.speedup.count > 1:
-        said += f" ({here.speedup.low:.2f} to {here.speedup.high:.2f})"
+    if here.speedup.half is not None:
+        said += f" (speed-up {here.speedup.mean:.2f}{_interval(here.speedup, 2)})"
     return said + ("" if reached == asked else f", in {reached} of {asked} seeds")
 
 

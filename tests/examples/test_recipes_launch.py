@@ -31,6 +31,7 @@ STORED = {
         "--no-create-attention-mask-in-dataloader",
     ),
     "slurm": ("slurm.sbatch", "moe-a3.3b lr=2e-4 -- --seed 7"),
+    "dense": ("torchrun.sh", "dense-1b"),
 }
 
 
@@ -50,6 +51,9 @@ def dry_run(script: str, line: str) -> subprocess.CompletedProcess:
 def printed(name: str) -> str:
     done = dry_run(*STORED[name])
     assert done.returncode == 0, done.stderr
+    assert ("torchrun.sh: dense-1b has no experts, so this of its base is left out: moe-" in done.stderr) == (
+        name == "dense"
+    )
     return done.stdout.replace(str(ROOT), "CHECKOUT")
 
 
@@ -71,7 +75,8 @@ def refusal(capsys, *words: str) -> str:
     "words, said",
     [
         (["moe-0.4b"], "there is no recipe moe-0.4b: did you mean moe-0.4b-4b?"),
-        (["dense"], "choose one of moe-0.4b-4b, moe-2.5b-25b"),
+        (["dense"], "there is no recipe dense: did you mean dense-1b?"),
+        (["llama"], "choose one of dense-1b, moe-0.4b-4b, moe-2.5b-25b"),
         (["elsewhere/own.yaml"], "there is no recipe elsewhere/own.yaml"),
         (["moe-0.4b-4b", "nodes"], "'nodes' is no override"),
         (["moe-0.4b-4b", "nodes=many"], "nodes of moe-0.4b-4b is 'many'"),

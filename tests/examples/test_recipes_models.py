@@ -27,7 +27,7 @@ def built():
 
 
 def test_the_papers_models_are_there():
-    assert recipe_names() == sorted(PAPER)
+    assert recipe_names() == sorted([*PAPER, "dense-1b"])
     for name, (m, n, active, total) in PAPER.items():
         recipe = load_recipe(name)
         assert (recipe.get("vwn-m"), recipe.get("vwn-n"), recipe.get("mtp")) == (m, n, "*E")
@@ -59,6 +59,15 @@ def test_counts_are_those_of_the_architecture(built):
     # A table as wide as the stream; and the same backbone.
     assert wide["count"]["embedding"] == 64512 * width * 3 // 2
     assert wide["count"]["experts"] == count["experts"]
+
+
+def test_the_dense_model_has_neither_experts_nor_words_about_them(built):
+    (baseline, wide), width, layers, ffn = built["counted"]["dense-1b"], 2048, 16, 6144
+    attention = width + width * (16 + 2 * 4) * 128 + 16 * 128 * width + 2 * 128
+    layer = attention + width + 3 * width * ffn
+    assert baseline["count"]["total"] == baseline["count"]["active"] == 2 * 64512 * width + layers * layer + width
+    assert wide["count"]["experts"] == wide["count"]["mtp"] == 0
+    assert not [word for word in wide["arguments"] if "moe" in word or "expert" in word]
 
 
 def test_shards_of_all_ranks_add_up_to_the_whole_model(built):

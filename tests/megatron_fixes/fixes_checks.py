@@ -5,8 +5,8 @@ such that pytest does not collect it.
 """
 
 import ast
-import os
 import inspect
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace

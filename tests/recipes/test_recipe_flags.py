@@ -58,6 +58,13 @@ def test_several_values():
         ([], ["1"], "'1' stands after -- without a flag"),
         ([], ["--nodes", "2"], "--nodes is no flag of the training program: write nodes=... before --."),
         (["nodes=010"], [], "nodes of moe-0.4b-4b is '010': give a whole number"),
+        (["vwn-m=two"], [], "argument --vwn-m: invalid int value: 'two'"),
+        (["vwn-n=null"], [], "--vwn-m says nothing without --vwn-n"),
+        (["vwn-ngrams=2,x"], [], "no list of whole numbers"),
+        (["layers=[[2, '']]"], [], "has the entry [2, '']"),
+        (["layers=[[2, '*Q']]"], [], "has 'Q', which is no sublayer"),
+        (["hybrid-layer-pattern=*E/"], [], "has a part without sublayers"),
+        (["layers=[[4, '*-']]", "mtp=null"], [], "--num-experts finds no sublayer E"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words, flags, said):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_vwn.recipes.flags import EachKeyOnce
 from megatron_vwn.study import __main__ as program
 from megatron_vwn.study.plan import load_study
 
@@ -93,13 +94,56 @@ def test_the_studies_of_the_checkout_are_what_they_say():
         ({"seeds": [1, 1]}, "none or repeat"),
         ({"ranks": 0}, "whole number of at least 1"),
         ({"keep-checkpoints": "yes"}, "write true or false"),
+        ({"grid": {"r": [-2, 2], "vwn-m": 2}}, "r-2 of"),
+        ({"grid": {"r": [-2, 2], "vwn-m": 2}}, "--vwn-n is -4: give a whole number of at least 1"),
+        ({"grid": {"r": 2, "vwn-m": [0, 2]}}, "--vwn-m is 0: give a whole number"),
+        ({"variants": {"base": None, "wide": {"vwn-m": "two", "vwn-n": 4}}}, "argument --vwn-m: invalid int value"),
+        ({"variants": {"base": None, "wide": {"vwn-m": 4}}}, "--vwn-m says nothing without --vwn-n"),
+        ({"variants": {"base": None, "wide": {"vwn-m": 4, "vwn-n": 8, "vwn-gate": "relu"}}}, "choose one of tanh"),
+        (
+            {"flags": FLAGS | {"hidden-size": 32}, "variants": {"base": None, "wide": {"vwn-m": 3, "vwn-n": 6}}},
+            "--hidden-size 32 is not divisible by --vwn-m 3",
+        ),
+        ({"flags": FLAGS | {"hybrid-layer-pattern": "*-Q"}}, "'*-Q' has 'Q', which is no sublayer"),
+        ({"flags": FLAGS | {"hybrid-layer-pattern": "*-/"}}, "has a part without sublayers"),
+        ({"flags": FLAGS | {"hybrid-layer-pattern": "*E"}}, "needs --num-experts"),
+        ({"seeds": [1, 12345678901234567890]}, "at least 1 and at most 4000000000"),
+        ({"title": ["a", "list"]}, "title of"),
+        ({"made-by": ["a", "list"]}, "write text"),
+        ({"data": {"a": 1}}, "data of"),
+        ({"flags": FLAGS | {"train_iters": 9}}, "train-iters with a dash and with an underscore"),
     ],
 )
 def test_a_wrong_study_is_refused_in_one_sentence(tmp_path, capsys, content, said):
-    assert program.main(["run", str(write(tmp_path, **content)), "--output", str(tmp_path / "out")]) == 2
+    words = ["run", str(write(tmp_path, **content)), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert program.main(words) == 2
     message = capsys.readouterr().err
     assert message.startswith("vwn-study: ") and said in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flags: {}\nbaseline: a\nflags: {lr: 1}\n", "the key 'flags' stands in line 1 and again in line 3"),
+        ("flags:\n  lr: 1\n  lr: 1\n", "the key 'lr' stands in line 2 and again in line 3"),
+        ("grid: [{r: 1, vwn-m: 2, r: 2}]\n", "the key 'r' stands in line 1 and again in line 1"),
+        ("title: 2024-13-45\n", "cannot be read as YAML (month must be"),
+        (f"ranks: {'9' * 5000}\n", "cannot be read as YAML (Exceeds the limit"),
+        (f"title: {'[' * 5000}\n", "cannot be read as YAML"),
+        ("{1: 2}\n", "is no list of keys with values"),
+    ],
+)
+def test_text_that_no_study_can_have_is_refused(tmp_path, capsys, text, said):
+    (tmp_path / "study.yaml").write_text(text)
+    assert program.main(["run", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out"), "--dry-run"]) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def test_keys_that_a_merge_adds_may_be_written_again(tmp_path):
+    text = "a: &a {lr: 1, seed: 2}\nb: &b {<<: *a, lr: 3}\nc: {<<: *b, lr: 4}\n"
+    assert yaml.load(text, EachKeyOnce)["c"] == {"lr": 4, "seed": 2}
 
 
 def test_what_is_no_yaml_or_an_unknown_name_is_refused(tmp_path, capsys):

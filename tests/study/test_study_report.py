@@ -13,7 +13,7 @@ from study.event_files import STEPS, TOKENS, falling, megatron_arguments, write_
 from megatron_vwn.study import __main__ as program
 from megatron_vwn.study import report as _study_report
 from megatron_vwn.study.compare import Variant, compare
-from megatron_vwn.study.curves import Curve, estimate
+from megatron_vwn.study.curves import Curve, estimate, spread
 from megatron_vwn.study.events import LoggedRun, find_runs, split_seed
 from megatron_vwn.study.families import families
 from megatron_vwn.study.fit import fit_widths
@@ -60,7 +60,7 @@ def test_known_speedups_slopes_and_r_squared(known):
         paces = [pace(r, seed) for seed in SEEDS]
         here = validation.compared[f"wide{r}"]
         assert here.speedup.mean == pytest.approx(np.mean(paces), rel=1e-6)
-        assert (here.speedup.low, here.speedup.high) == pytest.approx((min(paces), max(paces)), rel=1e-6)
+        assert here.speedup.half == pytest.approx(T2 * np.std(paces, ddof=1) / math.sqrt(3), rel=1e-4)
         assert here.gaps["tokens"].mean == pytest.approx(-0.25 * math.log2(r), abs=1e-6)
         half = T2 * 0.02 * math.log2(r) / math.sqrt(3)
         assert here.gaps["tokens"].half == pytest.approx(half, rel=1e-4)
@@ -198,6 +198,31 @@ def test_the_loss_on_a_test_set_is_not_taken_for_the_last_validation(tmp_path):
     extra.rename(file.with_name(f"{file.name}.2"))
     (run,) = find_runs([tmp_path / "base"])
     assert run.scalars["lm loss validation"][STEPS] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("do_test", [0, 1])
+def test_the_second_validation_of_the_last_step_is_not_taken(tmp_path, do_test):
+    """It is on other samples than the regular one, with which a curve would seem to turn up."""
+    tag, folder = "lm loss validation", tmp_path / "base"
+    file = write_run(folder, {tag: falling(1.0)}, megatron_arguments(1) | {"do_test": do_test})
+    for number, loss in enumerate([4.7, 9.0][: 1 + do_test], 2):  # the second validation, the test set
+        extra = write_run(tmp_path / str(number), {tag: {STEPS: loss}})
+        extra.rename(file.with_name(f"{file.name}.{number}"))
+    (run,) = find_runs([folder])
+    assert run.scalars[tag] == pytest.approx(falling(1.0))
+
+
+def test_there_is_one_kind_of_spread(known, tmp_path):
+    assert program.main(["report", str(known), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "There is one kind of spread: ± and every band is a 95 % interval of Student's t over seeds" in text
+    assert "the regular validation of the last step counts" in text
+    mean = 5 + np.mean([offset for offset, _ in SEEDS.values()]) - 1.25
+    half = T2 * 0.02 / math.sqrt(3)
+    assert f"| wide2 | 2 | 3 | {mean:.4f} | -0.2500 ± {half:.4f} | 1.25 |" in text
+    assert f"after 1.25 times fewer tokens (speed-up 1.25 ± {half:.2f})." in text
+    curves = [Curve(np.array([1.0, 2.0]), np.array([5.0, each])) for each in (4.0, 4.2, 4.1)]
+    assert spread(curves).half == pytest.approx([0, T2 * 0.1 / math.sqrt(3)]) and spread(curves[:1]).half is None
 
 
 def test_a_cut_file_is_used_as_far_as_it_is_whole_and_the_report_says_so(known, capsys):

@@ -174,6 +174,7 @@ def main(cases_file, results_file):
     cases = json.loads(Path(cases_file).read_text())
     results = {name: prepare(argv) for name, argv in cases["argv"].items()}
     results["stages"] = stages()
+    results["sublayers"] = sorted(hybrid_layer_allocation.Symbols.VALID_LAYERS)
     with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
         results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
     with mock.patch.object(monitoring.os, "fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):

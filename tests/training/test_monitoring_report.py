@@ -1,18 +1,25 @@
 """What a snapshot becomes: charts, pictures, warnings and what wandb gets."""
 
 import argparse
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops.parameters import initial_pattern
 from megatron_vwn.training.flags.vwn import add_arguments, virtual_width_from_args
 from megatron_vwn.training.monitoring import images as routing_images
 from megatron_vwn.training.monitoring import scalars as monitoring_scalars
+from megatron_vwn.training.monitoring.charts import layout, layout_summary
+from megatron_vwn.training.monitoring.depth import independent_directions
+from megatron_vwn.training.monitoring.descriptions import Descriptions
+from megatron_vwn.training.monitoring.reference import at_birth, reference_scalars
 from megatron_vwn.training.monitoring.snapshot import ConnectionStatistics, Place, Snapshot
+from megatron_vwn.training.monitoring.verdict import verdict
 from megatron_vwn.training.monitoring.writers import Report
 from megatron_vwn.training.refusals.monitoring import check_monitoring
 
@@ -78,15 +85,95 @@ def test_numbers_of_a_carry_that_doubles():
     assert found["vwn_layers/depth_window/layer_003"] == pytest.approx((1 * 1 + 2 * 2) / (1 + 2))
 
 
+WIDTH = VirtualWidthConfig(m=2, n=4, embedding="projected")
+
+
 def test_every_chart_finds_its_tags():
     taken = snapshot(layers=40)
-    tags = scalars_of(taken).keys()
-    charts = [chart for category in monitoring_scalars.layout(taken).values() for chart in category.values()]
+    references = reference_scalars(WIDTH, 40)
+    tags = scalars_of(taken).keys() | references.keys()
+    categories = layout(taken, references)
+    charts = {title: chart for category in categories.values() for title, chart in category.items()}
     assert len(charts) > 10
-    for kind, patterns in charts:
-        exact = [pattern.strip("^$") for pattern in patterns]
-        assert set(exact) <= tags, exact
-        assert len(patterns) == 3 if kind == "Margin" else 1 < len(patterns) <= 6
+    for kind, content in charts.values():
+        found = (
+            {tag for series in content for tag in series} if kind == "bands" else {tag.strip("^$") for tag in content}
+        )
+        assert found <= tags, found - tags
+        assert kind == "bands" or 1 < len(content) <= 8
+    _, (values, birth, most) = charts["independent segments (birth, n: straight lines)"]
+    assert values == tuple(f"vwn/independent_segments/{of}" for of in ("mean", "min", "max"))
+    assert birth == ("vwn/independent_segments/birth",) * 3 and most == ("vwn/independent_segments/n",) * 3
+    _, lines = charts["independent segments of layers 1, 9, 17, 24, 32, 40"]
+    assert "^vwn_layers/independent_segments/layer_009$" in lines and "^vwn/independent_segments/birth$" in lines
+    assert [category.title for category in Layout.FromString(_layout_bytes(categories)).category] == list(categories)
+
+
+def _layout_bytes(categories) -> bytes:
+    (value,) = layout_summary(categories).value
+    assert value.tag == "custom_scalars__config__"
+    return value.tensor.string_val[0]
+
+
+def test_values_at_birth_are_those_of_a_fresh_model():
+    found = scalars_of(snapshot())
+    copies = torch.eye(2, dtype=torch.float64).repeat(2, 2)  # segments 0 and 2 are alike, and 1 and 3
+    for name, value in at_birth(WIDTH, LAYERS).items():
+        if name in ("dynamic_share", "gate_saturation"):  # which this snapshot of a test invents
+            assert value == 0
+        elif name == "independent_segments":
+            assert value == independent_directions(copies) == 2
+        else:
+            assert found[f"vwn/{name}/mean"] == pytest.approx(value), name
+    uneven = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.float64)
+    three = VirtualWidthConfig(m=2, n=3, embedding="tiled")
+    assert at_birth(three, 2)["independent_segments"] == pytest.approx(independent_directions(uneven))
+    assert "independent_segments" not in at_birth(VirtualWidthConfig(m=2, n=4, embedding="wide"), 2)
+
+
+def test_every_tag_has_a_description():
+    taken = snapshot()
+    describe = Descriptions(WIDTH, taken).of
+    tags = scalars_of(taken).keys() | reference_scalars(WIDTH, LAYERS).keys()
+    tags |= monitoring_scalars.histograms(taken).keys() | routing_images.images(taken).keys()
+    for tag in tags:
+        assert describe(tag).endswith("."), tag
+    assert describe("vwn/independent_segments/mean") == (
+        "Mean over the trunk's connections: how many segments are no copies of others; more than at birth means that "
+        "width is used. 2 in a model that has just been made. (m, n) = (2, 4), 8 connections."
+    )
+    assert describe("vwn_layers/segment_norms/mtp_1_layer_002").startswith("Layer 2 of further prediction 1, by its")
+    with pytest.raises(KeyError):
+        describe("vwn/unheard_of/mean")
+
+
+@pytest.mark.parametrize(
+    ("width", "independent", "dynamic", "said"),
+    [
+        (WIDTH, 1.9, 0.01, "1.9 of 4 independent segments (2.0 at birth), dynamic share 1 %: barely used yet"),
+        (
+            WIDTH,
+            2.05,
+            0.5,
+            "(2.0 at birth), dynamic share 50 %: barely used yet, though coefficients depend on the token",
+        ),
+        (WIDTH, 2.2, 0.002, "dynamic share less than 1 %: the width is partly used"),
+        (WIDTH, 2.6, 0.01, "the width is used"),
+        (WIDTH, float("nan"), 0.01, "the stream is not finite"),
+        (replace(WIDTH, connection="static"), 2.6, 0.0, "(2.0 at birth): the width is used"),
+        (replace(WIDTH, embedding="wide"), 3.9, 0.01, "3.9 of 4 independent segments (independent at birth, too), "),
+        (VirtualWidthConfig(m=4, n=4), 3.9, 0.01, "there is no width beyond the backbone's"),
+    ],
+)
+def test_the_verdict_of_a_step(width, independent, dynamic, said):
+    taken = snapshot(iteration=60)
+    values = monitoring_scalars.per_connection(taken)
+    values["independent_segments"] = dict.fromkeys(taken.connections, independent)
+    values["dynamic_share"] = dict.fromkeys(taken.connections, dynamic)
+    line = verdict(taken, values, width)
+    assert line.startswith("step 60: ") and said in line and "\n" not in line
+    if width.embedding == "wide" and width.n > width.m:  # the snapshot's tenth of spread is all that was learned
+        assert "1 % of the coefficients learned, dynamic share 1 %: barely used yet" in line
 
 
 def test_pictures():
@@ -144,29 +231,33 @@ def test_large_models_stay_small_pictures():
 
 
 class Writer:
-    """Keeps the calls of a SummaryWriter."""
+    """Keeps what a SummaryWriter would write."""
 
     def __init__(self):
-        self.calls = []
+        self.values, self.file_writer, self.default_bins = [], self, [-1.0, 0.0, 1.0]
 
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self.calls.append((name, *args))
+    def add_summary(self, summary, step=None):
+        self.values += [(value, step) for value in summary.value]
 
 
 def report(virtual_width=None, wandb=None) -> tuple[Report, Writer]:
     writer = Writer()
-    width = virtual_width or VirtualWidthConfig(m=2, n=4)
-    return Report(width, tensorboard=lambda: writer, wandb=lambda: wandb), writer
+    return Report(virtual_width or WIDTH, tensorboard=lambda: writer, wandb=lambda: wandb), writer
+
+
+def warnings(capsys) -> list[str]:
+    """What was printed, but for the verdict of every step."""
+    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("megatron_vwn: step ")]
 
 
 def test_warnings_are_said_once_and_say_what_to_try(capsys):
     told, _ = report()
     told.write(snapshot())
-    assert capsys.readouterr().out == ""
+    assert warnings(capsys) == []
     collapsed = torch.tensor([1.0, 1e-4, 1e-4, 1e-4], dtype=torch.float64)
     told.write(snapshot(energy=collapsed, iteration=200))
     told.write(snapshot(energy=collapsed, mean=carrying(1.5), iteration=300))
-    said = capsys.readouterr().out.splitlines()
+    said = warnings(capsys)
     assert len(said) == 2, said
     assert said[0].startswith("megatron_vwn: warning at iteration 200: the segments collapse: before layer 1 1.00 of 4")
     assert "iteration 300: the carry from layer 1 to the end amplifies 25.6 times (threshold 16)" in said[1]
@@ -175,7 +266,7 @@ def test_warnings_are_said_once_and_say_what_to_try(capsys):
     for lost in ({"mean": carrying(float("nan"))}, {"energy": torch.full((4,), float("inf"), dtype=torch.float64)}):
         told, _ = report()
         told.write(snapshot(**lost))
-        (line,) = capsys.readouterr().out.splitlines()
+        (line,) = warnings(capsys)
         assert "is not finite; go back to a checkpoint before" in line
     told, _ = report(VirtualWidthConfig(m=2, n=4, carry="identity"))
     told.write(snapshot(energy=collapsed))
@@ -207,11 +298,26 @@ def test_the_layout_is_written_once_and_numbers_that_are_none_are_survived():
     told, writer = report()
     told.write(snapshot())
     told.write(snapshot(mean=carrying(float("nan")), energy=torch.full((4,), float("inf"), dtype=torch.float64)))
-    names = [name for name, *_ in writer.calls]
-    assert names.count("add_custom_scalars") == 1
-    assert names.count("add_image") == 12 and names.count("add_scalar") == 2 * len(scalars_of(snapshot()))
-    for name, _, value, *_ in (call for call in writer.calls if call[0] == "add_histogram"):
-        assert np.isfinite(value).all() and value.size, name
+    values = [value for value, _ in writer.values]
+    assert [value.tag for value in values].count("custom_scalars__config__") == 1
+    kinds = {"simple_value": 0, "histo": 0, "image": 0}
+    for value in values:
+        for kind in kinds:
+            kinds[kind] += value.HasField(kind)
+        if value.HasField("histo"):
+            assert np.isfinite(value.histo.sum) and value.histo.num
+    assert kinds["image"] == 12 and kinds["histo"] > 30
+    assert kinds["simple_value"] == 2 * (len(scalars_of(snapshot())) + len(reference_scalars(WIDTH, LAYERS)))
+
+
+def test_the_first_value_of_every_tag_is_described():
+    told, writer = report()
+    told.write(snapshot())
+    first = [value for value, _ in writer.values if value.tag != "custom_scalars__config__"]
+    assert all(value.metadata.summary_description and value.metadata.data_class for value in first)
+    assert {value.metadata.plugin_data.plugin_name for value in first} == {"scalars", "histograms", "images"}
+    told.write(snapshot(iteration=200))
+    assert not any(value.metadata.summary_description for value, step in writer.values if step == 200)
 
 
 def test_wandb_gets_everything_in_one_call():
@@ -222,9 +328,11 @@ def test_wandb_gets_everything_in_one_call():
         log=lambda values, step: logged.append((values, step)),
     )
     taken = snapshot()
-    Report(VirtualWidthConfig(m=2, n=4), tensorboard=lambda: None, wandb=lambda: wandb).write(taken)
+    Report(WIDTH, tensorboard=lambda: None, wandb=lambda: wandb).write(taken)
     ((values, step),) = logged
     assert step == 100
-    expected = scalars_of(taken).keys() | monitoring_scalars.histograms(taken).keys()
+    expected = (
+        scalars_of(taken).keys() | reference_scalars(WIDTH, LAYERS).keys() | monitoring_scalars.histograms(taken).keys()
+    )
     assert values.keys() == expected | routing_images.images(taken).keys()
     assert Report(VirtualWidthConfig(m=2, n=4), tensorboard=lambda: None, wandb=lambda: None).here() is None

@@ -37,6 +37,8 @@ PER_CONNECTION = [
     "connection_gradient_norm",
     "depth_window",
 ]
+AT_BIRTH = ["independent_segments", "effective_segments", "dynamic_share", "gate_saturation", "depth_window"]
+AT_BIRTH += ["carry_kept", "carry_mixed", "carry_gain_forward_max", "carry_gain_backward_max"]
 KINDS = ["all", "routing", "scale", "weight", "norm", "expand", "reduce", "fusion"]
 IMAGES = [
     "routing",
@@ -55,13 +57,15 @@ def train(folder, *further):
     flags = [*FLAGS, "--tensorboard-dir", folder, *further]
     done = launch.session(2, "-m", "megatron_vwn.training.pretrain", *flags, env=launch.WITHOUT_GPU)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Events of the monitored run and of the other."""
     folders = [tmp_path_factory.mktemp(name) for name in ("monitored", "plain")]
-    train(folders[0], "--vwn-log-interval", INTERVAL)
+    said = train(folders[0], "--vwn-log-interval", INTERVAL)
+    assert said.count("of 6 independent segments (2.0 at birth), dynamic share ") == STEPS // INTERVAL, said[-2000:]
     train(folders[1])
     everything = {"scalars": 0, "images": 0, "histograms": 0}
     return [EventAccumulator(str(folder), size_guidance=everything).Reload() for folder in folders]
@@ -78,7 +82,8 @@ def test_every_tag_once_per_interval(runs):
     layers = {f"vwn_layers/{name}/{place}" for name in PER_CONNECTION for place in PLACES}
     layers -= {f"vwn_layers/depth_window/{place}" for place in WITHOUT_WINDOW}
     tags = events.Tags()
-    assert ours(tags["scalars"]) == summaries | kinds | layers
+    references = {f"vwn/{name}/birth" for name in AT_BIRTH} | {f"vwn/{name}/n" for name in AT_BIRTH[:2]}
+    assert ours(tags["scalars"]) == summaries | references | kinds | layers
     assert ours(tags["images"]) == {f"vwn/{name}" for name in IMAGES}
     assert ours(tags["histograms"]) == {f"vwn_layers/{name}/{place}" for name in HISTOGRAMS for place in PLACES}
     steps = list(range(INTERVAL, STEPS + 1, INTERVAL))
@@ -86,6 +91,13 @@ def test_every_tag_once_per_interval(runs):
         assert all([event.step for event in read(tag)] == steps for tag in ours(tags[kind])), kind
     assert ours(tags["tensors"]) == {"custom_scalars__config__"}
     assert not any(ours(of_kind) for of_kind in plain.Tags().values() if isinstance(of_kind, list))
+
+
+def test_every_tag_is_described(runs):
+    events, _ = runs
+    for kind in ("scalars", "images", "histograms"):
+        for tag in ours(events.Tags()[kind]):
+            assert "(m, n) = (2, 6)" in events.SummaryMetadata(tag).summary_description or "gradient_norm/" in tag, tag
 
 
 def test_values_are_alive(runs):

@@ -12,6 +12,7 @@ import torch
 from models import tiny
 
 import megatron_vwn
+from megatron_vwn.training.refusals.stages import SUBLAYERS
 
 MODEL = tiny(
     "*-*-",
@@ -127,6 +128,9 @@ REFUSED_ALWAYS = {
     "--mtp-num-layers 1": ["--hybrid-layer-pattern", "drop --mtp-num-layers"],
     "--hybrid-layer-pattern *E --num-experts 4 --tensor-model-parallel-size 2": ["--sequence-parallel"],
     "--num-experts 4": ["--num-experts", "--hybrid-layer-pattern"],
+    "--hybrid-layer-pattern *-/": ["'*-/' has a part without sublayers", "leave the mark out"],
+    "--hybrid-layer-pattern /*-": ["'/*-' has a part without sublayers", "write sublayers"],
+    "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *-||*-|": ["has a part without sublayers"],
     "--hybrid-layer-pattern *E": ["E (experts)", "add it"],
     "--position-embedding-type mrope --mrope-section 1": ["--position-embedding-type", "choose rope"],
     "--reset-position-ids": ["--reset-position-ids", "learned_absolute"],
@@ -144,6 +148,8 @@ REFUSED_ALWAYS = {
     "--init-method-xavier-uniform": ["--init-method-xavier-uniform", "drop it"],
     "--dino-head-hidden-size 7": ["--dino-head-hidden-size", "vision", "drop it"],
     "--use-same-sampling-seed-across-dp-ranks": ["--use-same-sampling-seed-across-dp-ranks", "inference"],
+    "--seed 12345678901234567890": ["--seed", "at most 4000000000"],
+    "--seed 0": ["--seed", "at least 1"],
     "--eval-interval 0": ["--eval-interval", "--eval-iters 0"],
     "--num-attention-heads 7": ["Megatron refuses these flags", "args.hidden_size % args.num_attention_heads == 0"],
     "--context-parallel-size 2": ["context parallelism", "drop --context-parallel-size"],
@@ -309,7 +315,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("experts with biases", ["--disable-bias-linear"]),
         ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
         ("full disk", ["--tensorboard-dir", "nothing can be written to", "(No space left on device)", "make room"]),
-        ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
+        ("unknown symbol", ["'*-X-' has 'X', which is no sublayer", "write *"]),
         ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
         ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
@@ -337,6 +343,10 @@ def test_a_file_where_a_folder_must_be_is_refused(prepared, flag):
     for case in ("names a file", "lies in a file"):
         assert_refused(prepared[f"{flag} {case}"], [flag, "/file is a file: give a folder"])
     assert prepared[f"{flag} is to be made"]["virtual_width"]
+
+
+def test_sublayers_are_megatrons(prepared):
+    assert sorted(SUBLAYERS) == prepared["sublayers"]
 
 
 def test_stages_are_those_that_megatron_cuts(prepared):

@@ -1,10 +1,48 @@
-"""Pipeline ranks without experts, and which routers have losses that Megatron logs. How stages are cut is compared with
-Megatron itself in test_refusals.py."""
+"""What is no pattern, pipeline ranks without experts, and which routers have losses that Megatron logs. Sublayers, and
+how stages are cut, are compared with Megatron itself in test_refusals.py."""
 
 import launch
 import pytest
 
-from megatron_vwn.training.refusals.stages import logs_router_losses, rank_without_experts, stages_of_ranks
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.training.refusals.stages import (
+    check_pattern,
+    logs_router_losses,
+    rank_without_experts,
+    stages_of_ranks,
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "experts", "said"),
+    [
+        ("*-/", None, "'*-/' has a part without sublayers beside | or /"),
+        ("/*-", None, "'/*-' has a part without"),
+        ("*-/*-//*-", None, "has a part without"),
+        ("*-||*-", None, "has a part without"),
+        ("|*-", None, "has a part without"),
+        ("*-|", None, "has a part without"),
+        ("*-|/*-", None, "has a part without"),
+        ("*-/*|-", None, "has | behind /"),
+        ("*-/*-/-*", None, "further predictions of unlike sublayers"),
+        ("*-Q", None, "has 'Q', which is no sublayer: write * (attention)"),
+        ("* -", None, "has ' ', which"),
+        ("*-+-", None, "mixes * (attention) with +"),
+        ("*E", None, "the sublayer E (experts) needs --num-experts"),
+        ("*-/*E", 0, "the sublayer E (experts) needs --num-experts"),
+        ("*-", 8, "--num-experts finds no sublayer E"),
+        (300 * "*" + "X", None, "*...' has 'X'"),
+    ],
+)
+def test_what_is_no_pattern(pattern, experts, said):
+    with pytest.raises(VirtualWidthError) as refusal:
+        check_pattern(pattern, experts)
+    assert said in str(refusal.value) and str(refusal.value).endswith(".") and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(("pattern", "experts"), [("*-", None), ("*-|*E/*E/*E", 4), ("+-D-", None), ("*-GM", 0)])
+def test_what_is_a_pattern(pattern, experts):
+    check_pattern(pattern, experts)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Numbers and histograms of a snapshot under their tags, and a layout of charts for TensorBoard's custom scalars.
+"""Numbers and histograms of a snapshot under their tags.
 
     vwn/NAME/mean, min, max          over the trunk's connections
+    vwn/NAME/birth, n                lines to read them by (reference.py)
     vwn/gradient_norm/KIND           of all parameters of a kind
     vwn_layers/NAME/layer_003        of one connection; the number is the symbol's place in --hybrid-layer-pattern
     vwn_layers/NAME/mtp_1_layer_001  of a connection of the first further prediction
@@ -10,39 +11,35 @@ Two prefixes, because TensorBoard folds what has a common first part: the summar
 
 import math
 
-import torch
 from torch import Tensor
 
 from megatron_vwn.training.monitoring.depth import carry_gains, depth_windows
-from megatron_vwn.training.monitoring.snapshot import OF_CONNECTIONS, OF_MODULES, ConnectionStatistics, Place, Snapshot
-
-# Lines of one run have one colour in a custom chart, so more of them cannot be told apart.
-LINES = 6
+from megatron_vwn.training.monitoring.snapshot import ConnectionStatistics, Place, Snapshot
 
 _CARRY_GAINS = ("carry_gain_forward_max", "carry_gain_backward_max", "carry_gain_mean")
 # What is written per connection. The first sublayer of a chain has no depth window: nothing comes before it.
 PER_CONNECTION = {
-    "effective_segments": "how many segments carry the stream's energy before this sublayer",
-    "independent_segments": "how many of them are no copies of others",
+    "effective_segments": "how many segments carry the stream's energy before this sublayer, copies included",
+    "independent_segments": "how many segments are no copies of others; more than at birth means that width is used",
     "segment_norm_max": "largest root mean square of a segment",
-    "segment_norm_min": "smallest",
-    "dynamic_share": "of the coefficients' squares, what depends on the token",
-    "gate_saturation": "fraction of gates beyond 0.95",
+    "segment_norm_min": "smallest root mean square of a segment",
+    "dynamic_share": "of the coefficients' squares, the part that depends on the token",
+    "gate_saturation": "fraction of gates beyond 0.95, which hardly learn any more",
     "read_spread": "standard deviation of A_read over tokens",
-    "carry_spread": "of A_carry",
-    "write_spread": "of B",
+    "carry_spread": "standard deviation of A_carry over tokens",
+    "write_spread": "standard deviation of B over tokens",
     "carry_kept": "mean diagonal of A_carry",
     "carry_mixed": "mean over segments of what A_carry takes from the others",
     "carry_gain_forward_max": "largest sum over sources of the carry product from here to the end",
-    "carry_gain_backward_max": "largest sum over destinations",
-    "carry_gain_mean": "mean of either kind of sums",
+    "carry_gain_backward_max": "largest sum over destinations of the carry product from here to the end",
+    "carry_gain_mean": "mean of the sums of the carry product from here to the end",
     "depth_window": "how many sublayers back this one reads on average",
-    "connection_gradient_norm": "of all parameters of the connection",
+    "connection_gradient_norm": "gradient norm of all parameters of the connection, before clipping",
 }
 HISTOGRAMS = {
     "read_coefficients": "A_read, mean over tokens",
-    "carry_coefficients": "A_carry",
-    "write_coefficients": "B",
+    "carry_coefficients": "A_carry, mean over tokens",
+    "write_coefficients": "B, mean over tokens",
     "segment_norms": "root mean square of each segment",
 }
 
@@ -115,32 +112,3 @@ def histograms(snapshot: Snapshot) -> dict[str, Tensor]:
         tensors = connection.read, connection.carry, connection.write, connection.segment_norms
         found |= {f"vwn_layers/{name}/{place}": t for name, t in zip(HISTOGRAMS, tensors, strict=True)}
     return found
-
-
-def layout(snapshot: Snapshot) -> dict[str, dict[str, list]]:
-    """Charts as ``SummaryWriter.add_custom_scalars`` takes them: bands from smallest to largest over the trunk, and a
-    few of its connections each."""
-    places = [place for place in snapshot.connections if not place.depth]
-
-    def bands(*names: str) -> dict[str, list]:
-        return {
-            name.replace("_", " "): ["Margin", [f"vwn/{name}/{of}" for of in ("mean", "min", "max")]] for name in names
-        }
-
-    def lines(name: str, places: list[Place]) -> dict[str, list]:
-        few = [places[round(i)] for i in torch.linspace(0, len(places) - 1, min(LINES, len(places))).tolist()]
-        if not few:
-            return {}
-        return {f"{name.replace('_', ' ')}, by layer": ["Multiline", [f"^vwn_layers/{name}/{p}$" for p in few]]}
-
-    kinds = [kind for kind in (*OF_CONNECTIONS, *OF_MODULES) if kind in snapshot.gradient_norms][:LINES]
-    stability = bands("carry_gain_forward_max", "carry_gain_backward_max", "segment_norm_max", "gate_saturation")
-    stability["gradient norms"] = ["Multiline", [f"^vwn/gradient_norm/{kind}$" for kind in kinds]]
-    found = {
-        "Virtual width: is it used?": bands("effective_segments", "independent_segments", "dynamic_share")
-        | lines("independent_segments", places),
-        "Virtual width: depth": bands("depth_window", "carry_kept", "carry_mixed") | lines("depth_window", places[1:]),
-        "Virtual width: stability": stability,
-    }
-    # TensorBoard shows the last chart of a category first.
-    return {category: dict(reversed(charts.items())) for category, charts in found.items()}

@@ -17,13 +17,14 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
 )
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.config import LARGEST_SEED, VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.training.flags.defaults import megatron_defaults
 from megatron_vwn.training.refusals.fp8 import FP8_RULES
 from megatron_vwn.training.refusals.layers import LAYER_RULES, pattern_of
 from megatron_vwn.training.refusals.stages import (
     BLOCKS_OF_ONE,
     check_experts,
+    check_pattern,
     recomputes_single_sublayers,
     stages_of_ranks,
 )
@@ -101,14 +102,6 @@ _ALWAYS = (
         "multi-token prediction on several pipeline stages cannot share embedding and head: add "
         "--untie-embeddings-and-output-weights.",
     ),
-    Refusal(
-        lambda args: args.num_experts and Symbols.MOE not in pattern_of(args),
-        "--num-experts finds no sublayer E in --hybrid-layer-pattern: write one or drop it.",
-    ),
-    Refusal(
-        lambda args: Symbols.MOE in pattern_of(args) and not args.num_experts,
-        "the sublayer E (experts) needs --num-experts: add it.",
-    ),
     # A HybridModel would be without positions, and without a word about it.
     Refusal(
         lambda args: args.position_embedding_type in ("relative", "mrope"),
@@ -151,6 +144,11 @@ _ALWAYS = (
         lambda args: _depths(args) and args.recompute_method == "uniform" and (args.recompute_num_layers or 1) > 1,
         "--recompute-method uniform recomputes further predictions one layer at a time only: set "
         "--recompute-num-layers 1.",
+    ),
+    # Megatron would find out on every rank, behind its process groups.
+    Refusal(
+        lambda args: not 1 <= args.seed <= LARGEST_SEED,
+        f"--seed must be at least 1 and at most {LARGEST_SEED}: give another.",
     ),
     _flag("heterogeneous_layers_config_path", "does not apply to a HybridModel: drop it."),
     _flag("heterogeneous_layers_config_encoded_json", "does not apply to a HybridModel: drop it."),
@@ -326,6 +324,8 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
     Raises:
         VirtualWidthError: the sentence of the first rule that applies.
     """
+    if pattern_of(args):
+        check_pattern(pattern_of(args), args.num_experts)
     for rule in _ALWAYS if virtual_width is None else _ALWAYS + _WITH_VIRTUAL_WIDTH:
         if rule.applies(args):
             raise VirtualWidthError(rule.sentence)

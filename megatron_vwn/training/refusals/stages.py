@@ -1,6 +1,7 @@
-"""Which sublayers a pipeline rank gets, and what Megatron cannot train of that; needs neither torch nor Megatron.
+"""Hybrid patterns: which are none, which sublayers a pipeline rank gets, and what Megatron cannot train of that.
 
-Recipes are checked with it on machines that have nothing installed, and the training program's refusals call it too.
+Nothing here needs torch or Megatron: recipes and studies are checked with it on machines that have nothing installed,
+and the training program's refusals call it too.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,11 @@ from megatron_vwn.config import VirtualWidthError
 
 # Megatron's marks in a hybrid pattern: between pipeline stages, before the layers of further predictions; and experts.
 _STAGE, _FURTHER, _EXPERTS = "|", "/", "E"
+# Megatron's sublayers; it does not mix the first with those of another kind of attention.
+SUBLAYERS = "*-E+DGM"
+_ATTENTION, _OTHER_ATTENTION = "*", {"+", "D"}
+# Of a pattern in a sentence.
+_LONGEST_SHOWN = 60
 # Ways to balance experts whose loss is logged.
 _LOGGED = {"aux_loss", "seq_aux_loss", "global_aux_loss"}
 
@@ -16,6 +22,55 @@ BLOCKS_OF_ONE = (
     "--vwn-recompute-block finds no two sublayers in a row where Megatron recomputes each by itself: drop it, or "
     "--recompute-granularity full, or recompute uniformly with --recompute-num-layers of at least 2."
 )
+
+
+def check_pattern(pattern: str, experts: object) -> None:
+    """Refuse what is no hybrid pattern, before anything cuts or counts it.
+
+    Megatron refuses most of this too, but divides by zero where there is no sublayer before the first ``/``, trains
+    without further predictions where nothing stands behind it, and takes what memory holds for gradients (a norm of
+    6e11, or NaN) where one of several stages per rank is empty.
+
+    Args:
+        pattern: ``--hybrid-layer-pattern``, not empty.
+        experts: ``--num-experts``; None or 0 for none.
+
+    Raises:
+        VirtualWidthError: the first fault.
+    """
+    shown = repr(pattern if len(pattern) <= _LONGEST_SHOWN else pattern[: _LONGEST_SHOWN - 3] + "...")
+    for symbol in pattern:
+        if symbol not in (*SUBLAYERS, _STAGE, _FURTHER):
+            raise VirtualWidthError(
+                f"--hybrid-layer-pattern {shown} has {symbol!r}, which is no sublayer: write * (attention), - (MLP), "
+                "E (experts), + (latent attention), D (sparse attention), G (gated delta net) or M (Mamba), with | "
+                "between pipeline stages and / before every further prediction."
+            )
+    trunk, *further = pattern.split(_FURTHER)
+    if not all((*trunk.split(_STAGE), *further)):
+        raise VirtualWidthError(
+            f"--hybrid-layer-pattern {shown} has a part without sublayers beside | or /: write sublayers on both sides "
+            "of every mark, or leave the mark out."
+        )
+    if any(_STAGE in part for part in further):
+        raise VirtualWidthError(
+            f"--hybrid-layer-pattern {shown} has | behind /, but further predictions are all on the last stage: leave "
+            "it out there."
+        )
+    if len(set(further)) > 1:
+        raise VirtualWidthError(
+            f"--hybrid-layer-pattern {shown} has further predictions of unlike sublayers, which Megatron does not "
+            "build: write the same behind every /."
+        )
+    if _ATTENTION in pattern and _OTHER_ATTENTION & set(pattern):
+        raise VirtualWidthError(
+            f"--hybrid-layer-pattern {shown} mixes * (attention) with + (latent attention) or D (sparse attention), "
+            "which Megatron does not build: choose one kind."
+        )
+    if experts and _EXPERTS not in pattern:
+        raise VirtualWidthError("--num-experts finds no sublayer E in --hybrid-layer-pattern: write one or drop it.")
+    if _EXPERTS in pattern and not experts:
+        raise VirtualWidthError("the sublayer E (experts) needs --num-experts: add it, or write - for an MLP.")
 
 
 def stages_of_ranks(pattern: str, ranks: int, first: int | None = None, last: int | None = None) -> list[list[str]]:
