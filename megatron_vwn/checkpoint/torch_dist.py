@@ -27,8 +27,8 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.tracker import RELEASE, TRACKER, last_step, tracked
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 # What the file system, pickle, zip and torch report of damaged files; a CheckpointException is no Exception.
@@ -128,7 +128,7 @@ def write_torch_dist(
         ((cause, _),) = error.failures.values()
         raise (OSError(str(cause)) if isinstance(cause, RuntimeError) else cause) from None
     (release / "metadata.json").write_text(json.dumps(_METADATA))
-    (folder / TRACKER).write_text("release")
+    (folder / TRACKER).write_text(RELEASE)
 
 
 class _CachedReader(FileSystemReader):
@@ -158,11 +158,10 @@ class _LazyPlanner(DefaultSavePlanner):
 def _checkpoint_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise VirtualWidthError(f"{folder} is no folder: give the one that --save named.")
-    if (folder / TRACKER).exists():
-        last = (folder / TRACKER).read_text().strip()
-        if last != "release" and not last.isdecimal():
-            raise VirtualWidthError(f"{folder / TRACKER} names no checkpoint but {last!r}: give the checkpoint itself.")
-        folder = folder / (last if last == "release" else f"iter_{int(last):07d}")
+    if tracked(folder) == RELEASE:
+        folder = folder / RELEASE
+    elif step := last_step(folder):
+        folder = folder / f"iter_{step:07d}"
     for name, what in (("metadata.json", "no complete torch_dist checkpoint"), (".metadata", "half a checkpoint")):
         if not (folder / name).exists():
             raise VirtualWidthError(f"{folder} is {what} ({name} is missing): give another.")
