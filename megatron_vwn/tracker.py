@@ -18,13 +18,15 @@ def tracked(folder: Path) -> str | None:
     """What the tracker says, a number or ``release``; None where it is missing or empty.
 
     Raises:
-        VirtualWidthError: it says something else.
+        VirtualWidthError: it says something else, or may not be read.
     """
     try:
         # A machine that lost its power may leave zeros in place of text.
         said = (folder / TRACKER).read_text(errors="replace").strip("\0 \t\r\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise VirtualWidthError(f"{folder / TRACKER} cannot be read ({error.strerror}): make it readable.") from None
     if said and said != RELEASE and not (said.isascii() and said.isdecimal()):
         raise VirtualWidthError(
             f"{folder / TRACKER} cannot be read (it names no checkpoint but {said[:40]!r}): write the step of a "

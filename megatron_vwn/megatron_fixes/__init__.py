@@ -22,6 +22,7 @@ def apply_fixes() -> None:
 
     from megatron_vwn.megatron_fixes.children import end_helpers_with_their_rank
     from megatron_vwn.megatron_fixes.dataset_helpers import skip_makefile_of_dataset_helpers
+    from megatron_vwn.megatron_fixes.extra_states import load_without_extra_states
     from megatron_vwn.megatron_fixes.param_groups import load_groups_of_another_schedule
     from megatron_vwn.megatron_fixes.resharding import load_experts_of_other_groups, save_states_where_parameters_lie
     from megatron_vwn.megatron_fixes.torch_adam import resume_distributed_optimizer_with_torch_adam
@@ -31,6 +32,7 @@ def apply_fixes() -> None:
     save_states_where_parameters_lie()
     load_experts_of_other_groups()
     load_groups_of_another_schedule()
+    load_without_extra_states()
     end_helpers_with_their_rank()
     if find_spec("megatron.training") is not None:  # megatron-core can be installed without
         from megatron_vwn.megatron_fixes.tracker import write_tracker_beside

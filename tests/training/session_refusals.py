@@ -19,10 +19,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.training.models import hybrid  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
+from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
 from megatron_vwn.training import model as model_config  # noqa: E402
 from megatron_vwn.training import run  # noqa: E402
 from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
 from megatron_vwn.training.refusals import folders as folder_checks  # noqa: E402
+from megatron_vwn.training.refusals.megatron import quoting_megatron  # noqa: E402
 from megatron_vwn.training.refusals.stages import stages_of_ranks  # noqa: E402
 
 
@@ -51,6 +53,21 @@ def other_document_end():
         resume.refuse_other_document_end(resume.Checkpoint("folder", True, Namespace(vwn_document_end=3)), 4)
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
+
+
+def drifted_reader(argv):
+    """The sentence about a Megatron whose reader gives one value more."""
+    with mock.patch.object(resume, "_load_base_checkpoint", return_value=({}, 2, 3, 4, 5)):
+        return prepare(argv)
+
+
+def fault_of_the_machine():
+    """What becomes of a fault of CUDA while Megatron validates."""
+    try:
+        with quoting_megatron():
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    except Exception as error:
+        return {"error": repr(error)}
 
 
 def stages():
@@ -144,11 +161,14 @@ def backbone_difference(argv, virtual_width_flags):
 
 
 def main(cases_file, results_file):
+    apply_fixes()
     cases = json.loads(Path(cases_file).read_text())
     results = {name: prepare(argv) for name, argv in cases["argv"].items()}
     results["stages"] = stages()
     with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
         results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
+    results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
+    results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -12,6 +12,7 @@ import torch
 from models import tiny
 
 import megatron_vwn
+from megatron_vwn.tracker import TRACKER
 
 MODEL = tiny(
     "*-*-",
@@ -217,13 +218,21 @@ def checkpoint(tmp_path_factory):
 def prepared(checkpoint, tmp_path_factory):
     """What preparing each command line gave."""
     folder = tmp_path_factory.mktemp("refusals")
-    for name in ("wide", "ordinary", "damaged", "untracked"):
+    for name in ("wide", "ordinary", "damaged", "untracked", "empty tracker", "no tracker", "begun", "legacy"):
         shutil.copytree(checkpoint, folder / name)
     # A common.pt, as older versions of Megatron wrote it, has precedence over what the shards say.
     torch.save({"args": Namespace(hidden_size=64), "iteration": 2}, folder / "ordinary" / "iter_0000002" / "common.pt")
     for shard in (folder / "damaged").rglob("*.distcp"):
         shard.write_bytes(b"cut short")
-    (folder / "untracked" / "latest_checkpointed_iteration.txt").write_text("two\n")
+    (folder / "untracked" / TRACKER).write_text("two\n")
+    (folder / "empty tracker" / TRACKER).write_text("")
+    for name in ("no tracker", "begun", "legacy"):
+        (folder / name / TRACKER).unlink()
+    for path in (folder / "begun").glob("*/metadata.json"):
+        path.unlink()
+    for path in (folder / "legacy").glob("iter_*"):
+        shutil.rmtree(path)
+        (path / "mp_rank_00").mkdir(parents=True)
     (folder / "empty").mkdir()
     yaml = folder / "flags.yaml"
     yaml.write_text("hidden_size: 64\n")
@@ -257,6 +266,11 @@ def prepared(checkpoint, tmp_path_factory):
         ("damaged", "damaged", WIDE),
         ("untracked", "untracked", WIDE),
         ("missing step", "wide", [*WIDE, "--ckpt-step", "7"]),
+        ("empty tracker", "empty tracker", WIDE),
+        ("empty tracker and a step", "empty tracker", [*WIDE, "--ckpt-step", "1"]),
+        ("no tracker", "no tracker", WIDE),
+        ("begun", "begun", WIDE),
+        ("legacy", "legacy", WIDE),
         ("empty", "empty", WIDE),
         ("empty but demanded", "empty", [*WIDE, "--exit-on-missing-checkpoint"]),
     ):
@@ -268,7 +282,8 @@ def prepared(checkpoint, tmp_path_factory):
         argv[f"{flag} is to be made"] = [*run, *WIDE, "--save-interval", "1", flag, str(folder / "new" / "folder")]
     (folder / "cases.json").write_text(json.dumps({"argv": argv, "model": run}))
     session = Path(__file__).parent / "session_refusals.py"
-    done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=launch.WITHOUT_GPU)
+    env = launch.WITHOUT_GPU | {"TMPDIR": str(folder)}  # tracebacks are kept there
+    done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=env)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -303,7 +318,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("experts with biases", ["--disable-bias-linear"]),
         ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
         ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
-        ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
+        ("other norms", ["qk_layernorm = False", "has qk_layernorm = True", "another --load"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
         ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
         ("other gate and norm", ["--vwn-gate tanh --vwn-reduce-norm", "--vwn-gate sigmoid --no-vwn-reduce-norm"]),
@@ -311,7 +326,9 @@ def test_refused_for_every_model(prepared, flags, model):
         ("wide from ordinary", ["trained without a virtual width", "started with --vwn-m 2 --vwn-n 6"]),
         ("damaged", ["cannot be read", "--ckpt-step"]),
         ("untracked", ["cannot be read"]),
-        ("missing step", ["cannot be read", "iter_0000007"]),
+        ("missing step", ["cannot be read", "iter_0000007", "traceback in"]),
+        ("legacy", ["holds iter_0000001 but no latest", "name it with --ckpt-step"]),
+        ("drifted reader", ["is not the one that megatron_vwn was written for", "four values", "0.19.2"]),
         ("empty but demanded", ["holds no checkpoint", "--exit-on-missing-checkpoint"]),
     ],
 )

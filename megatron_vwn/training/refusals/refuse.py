@@ -1,8 +1,9 @@
 """Whether a run is refused: every check, in the order in which a user would want to hear of what is wrong.
 
 A run is asked as soon as more is known of it: ``refuse_argv`` about what is typed, ``refuse_start`` about the
-checkpoint, ``refuse`` about the arguments that a checkpoint may have completed, ``refuse_document_end`` and
-``refuse_vocabulary`` about the tokenizer. The parser raises refusals of its own, and Megatron validates what is left.
+checkpoint, ``refuse`` about the arguments that a checkpoint may have completed, ``refuse_other_training`` about what
+Megatron made of them, ``refuse_document_end`` and ``refuse_vocabulary`` about the tokenizer. The parser raises refusals
+of its own, and Megatron validates what is left.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from megatron_vwn.training.ranks import first_of_node
 from megatron_vwn.training.refusals.checkpoint import (
     refuse_missing,
     refuse_other_document_end,
-    refuse_other_model,
     refuse_other_width,
 )
 from megatron_vwn.training.refusals.data import check_data, check_vocabulary, data_prefixes
 from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
 from megatron_vwn.training.refusals.folders import check_folders
+from megatron_vwn.training.refusals.function import refuse_other_function
 from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.monitoring import check_monitoring
+from megatron_vwn.training.refusals.optimizer import refuse_other_optimizer
 
 if TYPE_CHECKING:
     from megatron_vwn.training.run import Run
@@ -58,8 +60,6 @@ def refuse(run: Run) -> None:
     Raises:
         VirtualWidthError: the sentence to print.
     """
-    if run.checkpoint is not None:
-        refuse_other_model(run.checkpoint, run.args)
     with quoting_megatron():
         refuse_unsupported(run.args, run.virtual_width)
     if run.simulated:
@@ -71,6 +71,20 @@ def refuse(run: Run) -> None:
     if first_of_node():  # reads the index of every data set, which all ranks of a node need not do at once
         check_folders(run.args)
         check_data(run.args)
+
+
+def refuse_other_training(run: Run) -> tuple[list[str], list[str]]:
+    """Refuse a checkpoint that the run would not go on with as it was trained; its arguments are validated.
+
+    Returns:
+        What the run changes on purpose: of the model's function, and of the schedule.
+
+    Raises:
+        VirtualWidthError: the sentence to print.
+    """
+    if run.checkpoint is None:
+        return [], []
+    return refuse_other_function(run.checkpoint, run.args), refuse_other_optimizer(run.checkpoint, run.args)
 
 
 def refuse_document_end(run: Run) -> None:
