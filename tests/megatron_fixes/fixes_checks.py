@@ -6,6 +6,7 @@ such that pytest does not collect it.
 
 import ast
 import inspect
+import io
 import os
 import pickle
 import signal
@@ -18,7 +19,9 @@ import megatron.core.datasets
 import psutil
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -28,7 +31,7 @@ from megatron.training import checkpointing
 
 import megatron_vwn
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
-from megatron_vwn.megatron_fixes import apply_fixes, torch_adam
+from megatron_vwn.megatron_fixes import apply_fixes, extra_states, torch_adam
 from megatron_vwn.megatron_fixes.contract import USES, drift
 from megatron_vwn.megatron_fixes.resharding import _finds_states_behind_padding, _with_padding
 from megatron_vwn.modules.embedding import OverWidthEmbedding
@@ -60,6 +63,7 @@ def megatron_as_imported(monkeypatch):
     for owner, name in PATCHED:
         monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))
     monkeypatch.setattr(checkpointing, "maybe_msc", checkpointing.maybe_msc)
+    monkeypatch.setattr(dist_checkpointing, "load", dist_checkpointing.load)
     monkeypatch.setattr(
         async_utils.PersistentAsyncCaller, "async_loop", staticmethod(async_utils.PersistentAsyncCaller.async_loop)
     )
@@ -248,6 +252,15 @@ def test_the_persistent_writer_finds_its_loop_where_it_is_spawned():
     apply_fixes()
     loop = async_utils.PersistentAsyncCaller.async_loop
     assert isinstance(pickle.loads(pickle.dumps(loop)), type(loop))
+
+
+def test_a_checkpoint_may_lack_extra_states(tmp_path):
+    there, lost = (ShardedObject(f"{name}._extra_state", None, (1,), (0,)) for name in "ab")
+    vital = ShardedObject("a.vital", None, (1,), (0,))
+    torch.distributed.checkpoint.save({there.unique_key: io.BytesIO()}, checkpoint_id=tmp_path, no_dist=True)
+    load = extra_states._load_what_is_there(lambda state, folder: state)
+    state = load({"model": {"a": there, "b": lost, "c": vital}}, str(tmp_path))["model"]
+    assert state["a"] is there and state["c"] is vital and state["b"].unwrap() is None
 
 
 def adam():

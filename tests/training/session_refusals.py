@@ -1,8 +1,11 @@
 """One process that prepares many command lines: ``python session_refusals.py CASES.json RESULTS.json``."""
 
 import contextlib
+import dataclasses
+import errno
 import io
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch  # noqa: E402
 from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.models.hybrid import hybrid_layer_allocation  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig  # noqa: E402
 from megatron.training.models import hybrid  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
@@ -24,6 +28,7 @@ from megatron_vwn.training import model as model_config  # noqa: E402
 from megatron_vwn.training import run  # noqa: E402
 from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
 from megatron_vwn.training.refusals import folders as folder_checks  # noqa: E402
+from megatron_vwn.training.refusals import function  # noqa: E402
 from megatron_vwn.training.refusals.megatron import quoting_megatron  # noqa: E402
 from megatron_vwn.training.refusals.stages import stages_of_ranks  # noqa: E402
 
@@ -65,9 +70,30 @@ def fault_of_the_machine():
     """What becomes of a fault of CUDA while Megatron validates."""
     try:
         with quoting_megatron():
-            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            raise RuntimeError("CUDA error: uncorrectable ECC error")
     except Exception as error:
         return {"error": repr(error)}
+
+
+def full_disk():
+    """What is said of an error that names the fault, of one that hides it on a full disk, and of another fault."""
+    free = [10**9, 1000, 10**9]
+    errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("<class 'OSError'>"), RuntimeError("NaN")]
+    said = []
+    for bytes_free, error in zip(free, errors, strict=True):
+        with mock.patch.object(
+            folder_checks.shutil, "disk_usage", return_value=Namespace(free=bytes_free, total=10**10)
+        ):
+            said.append(folder_checks.explain_full_disk(error, "/some/folder"))
+    return said
+
+
+def fields_of_a_model():
+    """Names in the lists that no configuration has, names in two of them, and names that must not differ."""
+    kinds = (MLATransformerConfig, model_config.VirtualWidthModelConfig)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    lists = function.MAY_DIFFER, function.SAID
+    return [sorted((lists[0] | lists[1]) - names), sorted(lists[0] & lists[1]), sorted(names - lists[0] - lists[1])]
 
 
 def stages():
@@ -167,6 +193,7 @@ def main(cases_file, results_file):
     results["stages"] = stages()
     with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
         results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
+    results["full disk"], results["fields"] = full_disk(), fields_of_a_model()
     results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
     results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()

@@ -12,6 +12,7 @@ from dataclasses import fields
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.training.model import model_config_from_args
 from megatron_vwn.training.refusals.checkpoint import Checkpoint
+from megatron_vwn.training.refusals.megatron import quoting_megatron
 
 # Where and how the same numbers are computed: layout, communication, kernels, recompute, memory.
 _LAYOUT = """
@@ -115,6 +116,8 @@ def refuse_other_function(checkpoint: Checkpoint, args: argparse.Namespace) -> l
     """
     if checkpoint.args is None:
         return []
+    with quoting_megatron():
+        ours = _configuration(args)
     try:
         theirs = _configuration(checkpoint.completed_args(args))
     except (AssertionError, ValueError, AttributeError, TypeError) as error:
@@ -122,7 +125,6 @@ def refuse_other_function(checkpoint: Checkpoint, args: argparse.Namespace) -> l
             f"the arguments of the checkpoint in {checkpoint.folder} describe no model that this Megatron builds "
             f"({error}): load it with the Megatron that saved it, or give another --load."
         ) from error
-    ours = _configuration(args)
     changed = [name for name in theirs if name not in MAY_DIFFER and theirs[name] != ours.get(name)]
     said = set() if checkpoint.weights_alone(args) else set(changed) - SAID
     if "learned_absolute" in (theirs["position_embedding_type"], ours["position_embedding_type"]):
