@@ -16,6 +16,8 @@ from progress import Clock, RunFailedError, last_checkpoint, run_logged, train
 from recipes import DEFAULT, RECIPES, megatron_flags, this_machine
 from report import summarise
 
+from megatron_vwn.config import VirtualWidthError
+
 ROOT = Path(__file__).parent.parent.parent
 TEXT = Path("examples/quickstart/data/austen.txt.xz")
 OUT = Path("examples/quickstart/out")
@@ -43,10 +45,10 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     flags, steps = megatron_flags(recipe, machine, str(DATA), str(DATA.parent / "index")), recipe.steps[machine.kind]
     half = steps // 2
-    work = sum(cost * (steps - last_checkpoint(run)) for run, cost in ((baseline, 1.0), (wide, WIDE_STEP_COST)))
-    starts = sum(last_checkpoint(run) < until for run, until in ((baseline, steps), (wide, half), (wide, steps)))
-    clock = Clock(work, starts, EVALUATION_SECONDS)
     try:
+        work = sum(cost * (steps - last_checkpoint(run)) for run, cost in ((baseline, 1.0), (wide, WIDE_STEP_COST)))
+        starts = sum(last_checkpoint(run) < until for run, until in ((baseline, steps), (wide, half), (wide, steps)))
+        clock = Clock(work, starts, EVALUATION_SECONDS)
         keep_settings(settings, [flags, recipe.virtual_width])
         prepare_data(clock)
         train(baseline, command(machine.ranks, flags, baseline), steps, clock)
@@ -55,7 +57,7 @@ def main() -> int:
         train(wide, [*wide_command, "--exit-interval", str(half)], half, clock, WIDE_STEP_COST)
         train(wide, wide_command, steps, clock, WIDE_STEP_COST)
         held_out = evaluate(baseline, wide, f"{DATA}_valid", evaluation_log, clock)
-    except RunFailedError as failure:
+    except (RunFailedError, VirtualWidthError) as failure:
         print(f"quickstart: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -60,6 +60,20 @@ def other_document_end():
         return {"refusal": str(refusal)}
 
 
+def other_vocabulary():
+    """Sentences about tokenizers for a checkpoint, whose vocabulary two ranks padded to a multiple of 256."""
+    said = []
+    for rows, tokens, padded in ((256, 200, 384), (512, 200, 512), (256, 300, 384), (256, 300, 256), (512, 200, 384)):
+        saved = Namespace(padded_vocab_size=rows, make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
+        now = Namespace(padded_vocab_size=padded, finetune=False, load="here")
+        try:
+            resume.refuse_other_vocabulary(resume.Checkpoint("here", True, saved), now, tokens)
+            said.append(None)
+        except VirtualWidthError as refusal:
+            said.append(str(refusal))
+    return said
+
+
 def drifted_reader(argv):
     """The sentence about a Megatron whose reader gives one value more."""
     with mock.patch.object(resume, "_load_base_checkpoint", return_value=({}, 2, 3, 4, 5)):
@@ -193,6 +207,7 @@ def main(cases_file, results_file):
     results["stages"] = stages()
     with mock.patch.object(folder_checks.os, "access", return_value=False):  # root may write anywhere
         results["nothing may be written"] = prepare([*cases["model"], "--save", str(Path(cases_file).parent / "new")])
+    results["other vocabulary"] = other_vocabulary()
     results["full disk"], results["fields"] = full_disk(), fields_of_a_model()
     results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
     results["fault of the machine"] = fault_of_the_machine()

@@ -439,6 +439,14 @@ def test_a_fault_of_the_machine_is_not_said_to_be_one_of_flags(prepared):
     assert prepared["fault of the machine"] == {"error": "RuntimeError('CUDA error: uncorrectable ECC error')"}
 
 
+def test_a_tokenizer_of_another_size_is_refused(prepared):
+    same, asked_for, more, more_padded, fewer = prepared["other vocabulary"]
+    assert same is None and asked_for is None
+    for sentence in (more, more_padded):
+        assert "has 256 rows, but the 300 tokens of this run's tokenizer make 512: give the checkpoint's" in sentence
+    assert "has 512 rows, but the 200 tokens of this run's tokenizer make 256" in fewer
+
+
 def test_a_full_disk_is_said_and_no_other_fault(prepared):
     named, hidden, other = prepared["full disk"]
     for line in (named, hidden):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
@@ -168,6 +169,33 @@ def refuse_other_document_end(checkpoint: Checkpoint, document_end: int) -> None
         raise VirtualWidthError(
             f"the n-grams of the checkpoint in {checkpoint.folder} end at token {saved}, but this run's tokenizer ends "
             f"documents with {document_end}: give the checkpoint's tokenizer, or another --load."
+        )
+
+
+def refuse_other_vocabulary(checkpoint: Checkpoint, args: argparse.Namespace, tokens: int) -> None:
+    """Refuse a tokenizer of another size than the checkpoint's, whose table Megatron would load as far as it goes.
+
+    Args:
+        checkpoint: what training starts from.
+        args: Megatron's arguments with the padded vocabulary, whose padding depends on the layout.
+        tokens: the size of this run's tokenizer.
+
+    Raises:
+        VirtualWidthError: the checkpoint's table is of another tokenizer.
+    """
+    if checkpoint.args is None or checkpoint.weights_alone(args):
+        return
+    saved = checkpoint.completed_args(args)
+    rows = calculate_padded_vocab_size(
+        tokens, saved.make_vocab_size_divisible_by, saved.tensor_model_parallel_size, logging_enabled=False
+    )
+    if rows != saved.padded_vocab_size and (
+        args.padded_vocab_size != saved.padded_vocab_size or tokens > saved.padded_vocab_size
+    ):
+        raise VirtualWidthError(
+            f"the vocabulary of the checkpoint in {checkpoint.folder} has {saved.padded_vocab_size} rows, but the "
+            f"{tokens} tokens of this run's tokenizer make {rows}: give the checkpoint's tokenizer (--vocab-size, or "
+            "--padded-vocab-size if it was given), or another --load."
         )
 
 

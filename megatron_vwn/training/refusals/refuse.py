@@ -17,6 +17,7 @@ from megatron_vwn.training.ranks import first_of_node
 from megatron_vwn.training.refusals.checkpoint import (
     refuse_missing,
     refuse_other_document_end,
+    refuse_other_vocabulary,
     refuse_other_width,
 )
 from megatron_vwn.training.refusals.data import check_data, check_vocabulary, data_prefixes
@@ -98,11 +99,13 @@ def refuse_document_end(run: Run) -> None:
 
 
 def refuse_vocabulary(run: Run) -> None:
-    """Refuse data that another tokenizer made than the run's; Megatron has built it.
+    """Refuse data or a checkpoint that another tokenizer made than the run's; Megatron has built it.
 
     Raises:
         VirtualWidthError: the sentence to print.
     """
+    if run.checkpoint is not None:
+        refuse_other_vocabulary(run.checkpoint, run.args, get_tokenizer().vocab_size)
     if first_of_node():
         for prefix in data_prefixes(run.args):
             check_vocabulary(prefix, get_tokenizer())
