@@ -16,7 +16,9 @@ from megatron_vwn import cpu
 emulated = cpu.install()
 from megatron_vwn.training.run import Run
 from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.megatron_fixes import apply_fixes
 try:
+    apply_fixes()
     Run.parse(json.load(sys.stdin), gpu=not emulated).check()
 except VirtualWidthError as refusal:
     print("REFUSED", json.dumps(str(refusal)))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_vwn.training import log_lines as _training_run
+from megatron_vwn.tracker import last_step
 from megatron_vwn.training.log_lines import ENVIRONMENT, read_step, read_validation
 
 _FURTHER_LOSS = re.compile(r"(mtp_\d+ loss): ([\d.E+-]+)")
@@ -129,4 +129,4 @@ def train(folder: Path, command: Sequence[str], until: int, clock: Clock, step_c
 
 def last_checkpoint(folder: Path) -> int:
     """Step of the last complete checkpoint of a run, 0 without one."""
-    return _training_run.last_checkpoint(folder / "checkpoints")
+    return last_step(folder / "checkpoints")

@@ -16,6 +16,7 @@ from recipes import DEFAULT, RECIPES, megatron_flags, this_machine
 from report import summarise
 
 from megatron_vwn.cli import FAILED, exit_code
+from megatron_vwn.config import VirtualWidthError
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = Path("examples/quickstart/data/austen.txt.xz")
@@ -48,10 +49,10 @@ def run(options: argparse.Namespace) -> int:
     results.mkdir(parents=True, exist_ok=True)
     flags, steps = megatron_flags(recipe, machine, str(DATA), str(DATA.parent / "index")), recipe.steps[machine.kind]
     half = steps // 2
-    work = sum(cost * (steps - last_checkpoint(run)) for run, cost in ((baseline, 1.0), (wide, WIDE_STEP_COST)))
-    starts = sum(last_checkpoint(run) < until for run, until in ((baseline, steps), (wide, half), (wide, steps)))
-    clock = Clock(work, starts, EVALUATION_SECONDS)
     try:
+        work = sum(cost * (steps - last_checkpoint(run)) for run, cost in ((baseline, 1.0), (wide, WIDE_STEP_COST)))
+        starts = sum(last_checkpoint(run) < until for run, until in ((baseline, steps), (wide, half), (wide, steps)))
+        clock = Clock(work, starts, EVALUATION_SECONDS)
         keep_settings(settings, [flags, recipe.virtual_width])
         prepare_data(clock)
         train(baseline, command(machine.ranks, flags, baseline), steps, clock)
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         train(wide, [*wide_command, "--exit-interval", str(half)], half, clock, WIDE_STEP_COST)
         train(wide, wide_command, steps, clock, WIDE_STEP_COST)
         held_out = evaluate(baseline, wide, f"{DATA}_valid", evaluation_log, clock)
-    except RunFailedError as failure:
+    except (RunFailedError, VirtualWidthError) as failure:
         print(f"quickstart: {failure}", file=sys.stderr)
         return FAILED
     bits = tuple(each["bits_per_byte"] for each in held_out)

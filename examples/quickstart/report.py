@@ -9,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_vwn.tracker import last_step
+
 VALIDATION_LOSS = "lm loss validation"
 SECONDS_PER_STEP = "iteration-time"
 # Megatron writes the losses of further tokens (MTP) at every step of training and never at a validation. One step's
@@ -41,7 +43,7 @@ def last_further_losses(folder: Path) -> dict[str, float]:
 def count_parameters(folder: Path) -> int:
     """Parameters of the model in the last checkpoint, each counted once however many ranks hold it."""
     checkpoints = folder / "checkpoints"
-    step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    step = last_step(checkpoints)
     stored = FileSystemReader(checkpoints / f"iter_{step:07d}").read_metadata().state_dict_metadata
     return sum(
         math.prod(entry.size)

@@ -29,10 +29,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_vwn.checkpoint.settings import read_object
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.megatron_fixes.pickles import refusal_in, unpickle_known_classes
+from megatron_vwn.tracker import RELEASE, TRACKER, last_step, tracked
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""What the tracker says, and what the checkpoint's folder is called, of weights without an optimizer."""
 _METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 # What the file system, pickle, zip and torch report of damaged files; a CheckpointException is no Exception.
@@ -163,13 +161,10 @@ class _LazyPlanner(DefaultSavePlanner):
 def _checkpoint_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise VirtualWidthError(f"{folder} is no folder: give the one that --save named.")
-    if (folder / TRACKER).exists():
-        last = (folder / TRACKER).read_text(errors="replace").strip()
-        if last != RELEASE and not re.fullmatch(r"[0-9]{1,18}", last):
-            raise VirtualWidthError(
-                f"{folder / TRACKER} names no checkpoint but {last[:40]!r}: give the checkpoint itself."
-            )
-        folder = folder / (last if last == RELEASE else f"iter_{int(last):07d}")
+    if tracked(folder) == RELEASE:
+        folder = folder / RELEASE
+    elif step := last_step(folder):
+        folder = folder / f"iter_{step:07d}"
     for name, what in (("metadata.json", "no complete torch_dist checkpoint"), (".metadata", "half a checkpoint")):
         if not (folder / name).exists():
             raise VirtualWidthError(f"{folder} is {what} ({name} is missing): give another.")

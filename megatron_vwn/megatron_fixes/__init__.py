@@ -5,6 +5,8 @@ beyond its public interface; a drifted one is refused before anything is repaire
 is met. ``apply_fixes`` imports Megatron: without a GPU, ``megatron_vwn.cpu.install()`` comes first.
 """
 
+from importlib.util import find_spec
+
 
 def apply_fixes() -> None:
     """Repair Megatron in this process; call it before ``pretrain()`` or before building an optimizer.
@@ -18,7 +20,10 @@ def apply_fixes() -> None:
 
     check_contract()  # before the imports below, which would fail without a sentence
 
+    from megatron_vwn.megatron_fixes.children import end_helpers_with_their_rank
     from megatron_vwn.megatron_fixes.dataset_helpers import skip_makefile_of_dataset_helpers
+    from megatron_vwn.megatron_fixes.extra_states import load_without_extra_states
+    from megatron_vwn.megatron_fixes.param_groups import load_groups_of_another_schedule
     from megatron_vwn.megatron_fixes.pickles import unpickle_known_classes
     from megatron_vwn.megatron_fixes.resharding import load_experts_of_other_groups, save_states_where_parameters_lie
     from megatron_vwn.megatron_fixes.sample_index import find_sample_indices_by_content
@@ -30,3 +35,10 @@ def apply_fixes() -> None:
     load_experts_of_other_groups()
     find_sample_indices_by_content()
     unpickle_known_classes()
+    load_groups_of_another_schedule()
+    load_without_extra_states()
+    end_helpers_with_their_rank()
+    if find_spec("megatron.training") is not None:  # megatron-core can be installed without
+        from megatron_vwn.megatron_fixes.tracker import write_tracker_beside
+
+        write_tracker_beside()

@@ -103,6 +103,17 @@ USES = (
         _RESHARDING,
         "replace",
     ),
+    Use(
+        _CORE + "optimizer.optimizer.MegatronOptimizer",
+        "_filter_and_reorder_param_groups",
+        ("current_groups", "state_dict_groups"),
+        "megatron_fixes/param_groups.py",
+        "replace",
+    ),
+    Use(_OPTIMIZER, "load_state_dict", ("self", "state_dict"), "megatron_fixes/param_groups.py", "replace"),
+    Use(
+        _CORE + "optimizer.optimizer", "param_group_identifier_keys", "tuple", "megatron_fixes/param_groups.py", "read"
+    ),
     Use(_CHAIN, "chained_optimizers", ATTRIBUTE, _RESHARDING, "read"),
     Use("torch.distributed.checkpoint.filesystem", "pickle", "module", "megatron_fixes/pickles.py", "replace"),
     Use(
@@ -112,6 +123,28 @@ USES = (
         "megatron_fixes/pickles.py",
         "replace",
     ),
+    Use(
+        _CORE + "dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        ("mp_mode",),
+        "megatron_fixes/children.py",
+        "replace",
+    ),
+    Use(
+        _CORE + "dist_checkpointing.strategies.filesystem_async",
+        "_results_queue",
+        PRESENT,
+        "megatron_fixes/children.py",
+        "replace",
+    ),
+    Use(
+        _CORE + "dist_checkpointing.strategies.async_utils.PersistentAsyncCaller",
+        "async_loop",
+        ("rank", "queue", "preload_q", "comp_q", ...),
+        "megatron_fixes/children.py",
+        "replace",
+    ),
+    Use("megatron.training.checkpointing", "maybe_msc", PRESENT, "megatron_fixes/tracker.py", "replace"),
     # What the model replaces and overrides.
     Use(_HYBRID, "LanguageModelEmbedding", "type", "modules/model.py", "replace"),
     Use(_HYBRID, "MultiTokenPredictionBlock", "type", "modules/model.py", "replace"),
@@ -367,18 +400,22 @@ def check_contract(package: str = "megatron", uses: Iterable[Use] = USES) -> Non
     Raises:
         VirtualWidthError: if a name is gone or is another than this package was written for.
     """
-    drifted = [text for use in uses if use.package == package and (text := drift(use))]
-    if drifted:
-        distribution = _DISTRIBUTIONS.get(package, package)
-        try:
-            installed = version(distribution)
-        except PackageNotFoundError:
-            installed = "(unknown version)"
-        advice = ADVICE.get(package, f"install another version of {distribution}")
-        raise VirtualWidthError(
-            f"{distribution} {installed} is not the one that megatron_vwn was written for: "
-            f"{' and '.join(drifted)}; {advice}."
-        )
+    found = [text for use in uses if use.package == package and (text := drift(use))]
+    if found:
+        raise drifted(" and ".join(found), package)
+
+
+def drifted(what: str, package: str = "megatron") -> VirtualWidthError:
+    """The refusal of a package that is not as expected; it quotes ``what`` is otherwise."""
+    distribution = _DISTRIBUTIONS.get(package, package)
+    try:
+        installed = version(distribution)
+    except PackageNotFoundError:
+        installed = "(unknown version)"
+    advice = ADVICE.get(package, f"install another version of {distribution}")
+    return VirtualWidthError(
+        f"{distribution} {installed} is not the one that megatron_vwn was written for: {what}; {advice}."
+    )
 
 
 def drift(use: Use) -> str | None:

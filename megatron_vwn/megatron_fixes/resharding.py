@@ -5,8 +5,10 @@ silent: training is right, the file is not.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -21,7 +23,26 @@ def save_states_where_parameters_lie() -> None:
     the parameter lies with it. An embedding that two pipeline stages have (further predictions, tied weights) has a
     bucket of its own, and what lies behind a padded bucket was saved shifted.
     """
-    repair(DistributedOptimizer, "sharded_param_state_fully_reshardable", _sharded_with_padding)
+    if not _finds_states_behind_padding():
+        repair(DistributedOptimizer, "sharded_param_state_fully_reshardable", _sharded_with_padding)
+
+
+def _finds_states_behind_padding() -> bool:
+    """Whether a state that was gathered without padding is cut out right behind a bucket of three, padded to four."""
+    first, second = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))
+    buckets = [SimpleNamespace(offset=offset, numel_unpadded=size) for offset, size in ((0, 3), (4, 2), (8, 4))]
+    ranges = {first: (0, 3, 0), second: (4, 6, 1)}
+    optimizer = object.__new__(DistributedOptimizer)
+    optimizer.buffers = [SimpleNamespace(numel=12, numel_unpadded=9, buckets=buckets, param_index_map=ranges)]
+    optimizer.gbuf_ranges = [{"dtype": [{}, {}, {}]}]
+    gathered = torch.arange(9.0)
+    optimizer.get_parameter_state_dp_zero = lambda *args, **kwargs: {0: {"dtype": {"param": gathered}}}
+    model = {name: ShardedTensor.from_rank_offsets(name, data) for name, data in (("a", first), ("b", second))}
+    try:
+        states = DistributedOptimizer.sharded_param_state_fully_reshardable(optimizer, model, metadata={})
+        return torch.equal(states[1]["param"].data, gathered[3:5])
+    except Exception:  # a wrong "no" costs nothing: what was gathered with its padding is not padded again
+        return False
 
 
 def _sharded_with_padding(stock: Callable) -> Callable:

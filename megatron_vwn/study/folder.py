@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_vwn.atomic import write_json
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.plan import Run, Study
-from megatron_vwn.training.log_lines import last_checkpoint
+from megatron_vwn.tracker import last_step
 
 RECORD, TIMING, STUDY = "run.json", "timing.json", "study.json"
 # Killed ranks may need that long until they are gone.
@@ -56,7 +56,7 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> int:
         """Step of the last complete checkpoint, 0 without one."""
-        return last_checkpoint(self.checkpoints)
+        return last_step(self.checkpoints)
 
     def check(self, ranks: int) -> None:
         """Refuse to go on with a run that was started with other flags.

@@ -1,7 +1,6 @@
-"""A training as it looks from outside: the environment of its processes, the lines of its log, its checkpoints."""
+"""A training as it looks from outside: the environment of its processes, the lines of its log."""
 
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 # One thread per rank: they share the machine. Megatron wants the second for tensor parallelism on a GPU.
@@ -30,9 +29,3 @@ def read_validation(line: str) -> tuple[int, float] | None:
     """Step and loss of a validation; None if the line says none."""
     found = _VALIDATION.search(line)
     return (int(found[1]), float(found[2])) if found else None
-
-
-def last_checkpoint(checkpoints: Path) -> int:
-    """Step of the last complete checkpoint of a --save folder, 0 without one."""
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0

@@ -21,6 +21,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vwn.cli import FAILED
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
 from megatron_vwn.megatron_fixes.pickles import refusal_in
@@ -34,12 +35,14 @@ from megatron_vwn.training.monitoring.event_files import survive_failures
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
 from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
+from megatron_vwn.training.refusals.folders import explain_full_disk
 from megatron_vwn.training.refusals.kernels import describe_kernels, kernel_fallbacks
-from megatron_vwn.training.refusals.megatron import quoting_megatron
+from megatron_vwn.training.refusals.megatron import kept_traceback, quoting_megatron
 from megatron_vwn.training.refusals.refuse import (
     refuse,
     refuse_argv,
     refuse_document_end,
+    refuse_other_training,
     refuse_start,
     refuse_vocabulary,
 )
@@ -56,14 +59,20 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
         gpu: whether a GPU is present (not an emulated one).
 
     Returns:
-        Exit code: 0 when training ended as the flags say, 2 for a refusal.
+        Exit code: 0 when training ended as the flags say, 1 when no checkpoint could be written, 2 for a refusal.
     """
     try:
         apply_fixes()
         this = Run.parse(argv, gpu=gpu)
         this.check()
         this.build()
-        this.train()
+        try:
+            this.train()
+        except (Exception, CheckpointException) as error:
+            if line := explain_full_disk(error, this.args.save):
+                print(f"megatron_vwn: {line} ({kept_traceback(error)}).", file=sys.stderr, flush=True)
+                return FAILED
+            raise
     except VirtualWidthError as refusal:
         return say_refusal(refusal)
     except CheckpointException as error:  # no Exception; of what pretrain() loads
@@ -128,7 +137,8 @@ class Run:
         Raises:
             VirtualWidthError: the command line cannot be run.
         """
-        start = None if self.simulated else self._find_start()
+        if not self.simulated:
+            self._find_start()
         refuse(self)
         untested = [f"{describe_untested(self.args)}."] if self.args.allow_untested else []
         with quoting_megatron():
@@ -142,8 +152,9 @@ class Run:
             say(f"warning: {cost}.")
         for line in untested:
             say(line)
-        if start is not None:
-            say(start)
+        changes = refuse_other_training(self)
+        if self.checkpoint is not None:
+            say(describe_start(self.checkpoint, self.args, *changes))
 
     def build(self) -> None:
         """Set Megatron's global variables and describe the model; ``pretrain()`` builds it from that.
@@ -200,15 +211,13 @@ class Run:
             kernels = kernel_fallbacks(self.args, self.virtual_width, gpu=self.gpu)
         return [*([] if local is None else [local]), *kernels]
 
-    def _find_start(self) -> str | None:
-        """Look at the checkpoint, take arguments from it if asked to, and say in one line where training starts."""
+    def _find_start(self) -> None:
+        """Look at the checkpoint, and take arguments from it if asked to."""
         self.checkpoint = read_checkpoint(self.args)
         refuse_start(self)
         if self.args.use_checkpoint_args:
             load_args_from_checkpoint(self.args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(self.args)
-        # Before Megatron validates, because it would compare values that Megatron derives with those that are typed.
-        return None if self.checkpoint is None else describe_start(self.checkpoint, self.args)
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, VirtualWidthConfig | None]:

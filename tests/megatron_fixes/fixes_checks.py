@@ -6,36 +6,46 @@ such that pytest does not collect it.
 
 import ast
 import inspect
+import io
 import os
+import pickle
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import megatron.core.datasets
 import numpy as np
+import psutil
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import distrib_optimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+from megatron.training import checkpointing
 from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
 
 import megatron_vwn
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.data.indexed import default_index_cache
-from megatron_vwn.megatron_fixes import apply_fixes, torch_adam
+from megatron_vwn.megatron_fixes import apply_fixes, extra_states, torch_adam
 from megatron_vwn.megatron_fixes.contract import USES, drift
-from megatron_vwn.megatron_fixes.resharding import _with_padding
+from megatron_vwn.megatron_fixes.resharding import _finds_states_behind_padding, _with_padding
 from megatron_vwn.modules.embedding import OverWidthEmbedding
 from megatron_vwn.modules.model import VirtualWidthModel
 from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPBlock
 from megatron_vwn.modules.stack import VirtualWidthStack
+from megatron_vwn.tracker import TRACKER
 
 ROOT = Path(megatron_vwn.__file__).parent
 PACKAGES = ("megatron", "torch", "triton", "transformers", "transformer_engine", "nvidia")
@@ -51,6 +61,8 @@ PATCHED = [
     (OPTIMIZER, "sharded_param_state_fully_reshardable"),
     (ChainedOptimizer, "load_state_dict"),
     (GPTDataset, "__init__"),
+    (MegatronOptimizer, "_filter_and_reorder_param_groups"),
+    (filesystem_async, "get_write_results_queue"),
 ]
 # Not of Megatron, and so no part of what is compared with it at every start.
 OF_TORCH = [(DefaultLoadPlanner, "load_bytes"), (filesystem, "pickle")]
@@ -60,6 +72,13 @@ OF_TORCH = [(DefaultLoadPlanner, "load_bytes"), (filesystem, "pickle")]
 def megatron_as_imported(monkeypatch):
     for owner, name in PATCHED + OF_TORCH:
         monkeypatch.setattr(owner, name, getattr(owner, name))
+    for owner, name in PATCHED:
+        monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))
+    monkeypatch.setattr(checkpointing, "maybe_msc", checkpointing.maybe_msc)
+    monkeypatch.setattr(dist_checkpointing, "load", dist_checkpointing.load)
+    monkeypatch.setattr(
+        async_utils.PersistentAsyncCaller, "async_loop", staticmethod(async_utils.PersistentAsyncCaller.async_loop)
+    )
 
 
 def state():
@@ -182,7 +201,8 @@ def test_leaves_fused_adam_alone(monkeypatch):
     before = state()
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     apply_fixes()
-    assert state()[1:4] == before[1:4]
+    assert [state()[i] for i in (1, 3)] == [before[i] for i in (1, 3)]
+    assert "_load_state_dict_with_own_steps" not in OPTIMIZER.load_state_dict.repaired_by_megatron_vwn
 
 
 def test_leaves_the_makefile_of_a_source_checkout_alone(monkeypatch, tmp_path):
@@ -209,6 +229,58 @@ def test_pads_what_was_gathered_without_padding_and_nothing_else():
     assert _with_padding(padded, buffer) is padded
 
 
+def test_leaves_states_alone_that_are_found_behind_padding(monkeypatch):
+    def mended(self, model_sharded_state_dict, is_loading=False, metadata=None):
+        """It adapts to what is gathered without padding, so adding the padding would shift what it finds."""
+        gathered = self.get_parameter_state_dp_zero()[0]["dtype"]["param"]
+        return [{"param": SimpleNamespace(data=data)} for data in (gathered[:3], gathered[3:5])]
+
+    assert not _finds_states_behind_padding()
+    monkeypatch.setattr(OPTIMIZER, "sharded_param_state_fully_reshardable", mended)
+    apply_fixes()
+    assert OPTIMIZER.sharded_param_state_fully_reshardable is mended
+
+
+def test_states_are_found_behind_padding():
+    apply_fixes()
+    assert _finds_states_behind_padding()
+
+
+def group(**more):
+    return {"wd_mult": 1.0, "max_lr": 1e-3, "min_lr": 1e-4, "params": [0], **more}
+
+
+def reordered(current, saved):
+    return MegatronOptimizer._filter_and_reorder_param_groups(current, saved)
+
+
+def test_a_group_of_another_rate_is_the_only_one_of_its_kind():
+    new, plain = group(max_lr=5e-3), group(wd_mult=0.0, max_lr=5e-3)
+    with pytest.raises(ValueError, match="Could not find parameter group"):
+        reordered([new], [group()])
+    apply_fixes()
+    saved = [group(betas=(0.9, 0.99)), group(wd_mult=0.0)]
+    found = reordered([plain, new], saved)
+    assert [each["wd_mult"] for each in found] == [0.0, 1.0]
+    assert [each["max_lr"] for each in found] == [5e-3] * 2 and found[1]["betas"] == (0.9, 0.99)
+    assert saved[0]["max_lr"] == 1e-3
+    with pytest.raises(ValueError, match="Could not find parameter group"):
+        reordered([group(wd_mult=3.0)], [group()])  # no schedule's business
+    with pytest.raises(ValueError, match="Could not find parameter group"):
+        reordered([group(max_lr=1), group(max_lr=2)], [group(max_lr=3), group(max_lr=4)])  # which is which?
+    equal = [group(max_lr=1), group(max_lr=2)]
+    assert [each["max_lr"] for each in reordered(equal, equal[::-1])] == [1, 2]
+
+
+def test_leaves_groups_alone_that_are_found(monkeypatch):
+    def mended(current_groups, state_dict_groups):
+        return current_groups
+
+    monkeypatch.setattr(MegatronOptimizer, "_filter_and_reorder_param_groups", staticmethod(mended))
+    apply_fixes()
+    assert MegatronOptimizer._filter_and_reorder_param_groups is mended
+
+
 def test_leaves_a_chain_alone_that_loads_either_arrangement(monkeypatch):
     def mended(self, state_dict):
         for optimizer, part in zip(self.chained_optimizers, [state_dict] * 2, strict=False):
@@ -227,6 +299,78 @@ def test_arranges_for_a_chain_that_does_not():
     part = {"optimizer": {"param_groups": [{"is_expert_parallel": True}]}}
     chain.load_state_dict({0: part, 1: part})
     assert len(loaded[0]["optimizer"]["param_groups"]) == 2
+
+
+def checkpoint(folder, step):
+    (folder / f"iter_{step:07d}").mkdir()
+    for name in (".metadata", "metadata.json"):
+        (folder / f"iter_{step:07d}" / name).touch()
+
+
+@pytest.mark.parametrize("lost", ["empty", "missing"])
+def test_a_lost_tracker_means_the_newest_whole_checkpoint(tmp_path, lost):
+    apply_fixes()
+    tracker = checkpointing.get_checkpoint_tracker_filename(tmp_path)
+    assert not checkpointing.checkpoint_exists(tmp_path)
+    if lost == "empty":
+        Path(tracker).touch()
+    checkpoint(tmp_path, 7)
+    checkpoint(tmp_path, 12)
+    assert checkpointing.checkpoint_exists(tmp_path) and checkpointing.maybe_msc.os.path.exists(tracker)
+    assert checkpointing.read_metadata(tracker) == (12, False)
+    Path(tracker).write_text("7")
+    assert checkpointing.read_metadata(tracker) == (7, False)
+    Path(tracker).write_text("release")
+    assert checkpointing.read_metadata(tracker) == (0, True)
+
+
+def test_the_tracker_is_whole_at_every_moment(tmp_path):
+    apply_fixes()
+    tracker, other = tmp_path / TRACKER, tmp_path / "other"
+    tracker.write_text("5")
+    with pytest.raises(KeyboardInterrupt), checkpointing.maybe_msc.open(str(tracker), "w") as file:
+        assert tracker.read_text() == "5"
+        raise KeyboardInterrupt
+    assert tracker.read_text() == "5"
+    with checkpointing.maybe_msc.open(str(tracker), "w") as file:
+        file.write("10")
+    assert tracker.read_text() == "10" and list(tmp_path.iterdir()) == [tracker]
+    with checkpointing.maybe_msc.open(str(other), "w") as file:  # every other file is opened as ever
+        assert other.exists()
+
+
+def test_what_waits_for_a_killed_rank_ends_with_it(monkeypatch):
+    apply_fixes()
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        filesystem_async.get_write_results_queue("fork").put("still works")
+        assert filesystem_async.get_write_results_queue("fork").get() == "still works"
+        os.write(writing, b"%d" % psutil.Process().children()[0].pid)
+        time.sleep(600)
+    server = psutil.Process(int(os.read(reading, 20)))
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    end = time.monotonic() + 60
+    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_persistent_writer_finds_its_loop_where_it_is_spawned():
+    apply_fixes()
+    loop = async_utils.PersistentAsyncCaller.async_loop
+    assert isinstance(pickle.loads(pickle.dumps(loop)), type(loop))
+
+
+def test_a_checkpoint_may_lack_extra_states(tmp_path):
+    there, lost = (ShardedObject(f"{name}._extra_state", None, (1,), (0,)) for name in "ab")
+    vital = ShardedObject("a.vital", None, (1,), (0,))
+    torch.distributed.checkpoint.save({there.unique_key: io.BytesIO()}, checkpoint_id=tmp_path, no_dist=True)
+    load = extra_states._load_what_is_there(lambda state, folder: state)
+    state = load({"model": {"a": there, "b": lost, "c": vital}}, str(tmp_path))["model"]
+    assert state["a"] is there and state["c"] is vital and state["b"].unwrap() is None
 
 
 def adam():

@@ -1,6 +1,7 @@
 """One process that prepares many command lines: ``python session_refusals.py CASES.json RESULTS.json``."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -18,6 +19,7 @@ import torch  # noqa: E402
 from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.models.hybrid import hybrid_layer_allocation  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig  # noqa: E402
 from megatron.training.models import hybrid  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
@@ -26,7 +28,12 @@ from megatron_vwn.training import model as model_config  # noqa: E402
 from megatron_vwn.training import run  # noqa: E402
 from megatron_vwn.training.refusals import checkpoint as resume  # noqa: E402
 from megatron_vwn.training.refusals import folders as folder_checks  # noqa: E402
-from megatron_vwn.training.refusals import monitoring, unknown  # noqa: E402
+from megatron_vwn.training.refusals import (  # noqa: E402
+    function,
+    monitoring,
+    unknown,
+)
+from megatron_vwn.training.refusals.megatron import quoting_megatron  # noqa: E402
 from megatron_vwn.training.refusals.stages import stages_of_ranks  # noqa: E402
 
 
@@ -77,6 +84,56 @@ def other_backend():
         resume.refuse_other_backend(named, Namespace(transformer_impl="local"))
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
+
+
+def other_vocabulary():
+    """Sentences about tokenizers for a checkpoint, whose vocabulary two ranks padded to a multiple of 256."""
+    said = []
+    for rows, tokens, padded in ((256, 200, 384), (512, 200, 512), (256, 300, 384), (256, 300, 256), (512, 200, 384)):
+        saved = Namespace(padded_vocab_size=rows, make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
+        now = Namespace(padded_vocab_size=padded, finetune=False, load="here")
+        try:
+            resume.refuse_other_vocabulary(resume.Checkpoint("here", True, saved), now, tokens)
+            said.append(None)
+        except VirtualWidthError as refusal:
+            said.append(str(refusal))
+    return said
+
+
+def drifted_reader(argv):
+    """The sentence about a Megatron whose reader gives one value more."""
+    with mock.patch.object(resume, "_load_base_checkpoint", return_value=({}, 2, 3, 4, 5)):
+        return prepare(argv)
+
+
+def fault_of_the_machine():
+    """What becomes of a fault of CUDA while Megatron validates."""
+    try:
+        with quoting_megatron():
+            raise RuntimeError("CUDA error: uncorrectable ECC error")
+    except Exception as error:
+        return {"error": repr(error)}
+
+
+def full_disk():
+    """What is said of an error that names the fault, of one that hides it on a full disk, and of another fault."""
+    free = [10**9, 1000, 10**9]
+    errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("<class 'OSError'>"), RuntimeError("NaN")]
+    said = []
+    for bytes_free, error in zip(free, errors, strict=True):
+        with mock.patch.object(
+            folder_checks.shutil, "disk_usage", return_value=Namespace(free=bytes_free, total=10**10)
+        ):
+            said.append(folder_checks.explain_full_disk(error, "/some/folder"))
+    return said
+
+
+def fields_of_a_model():
+    """Names in the lists that no configuration has, names in two of them, and names that must not differ."""
+    kinds = (MLATransformerConfig, model_config.VirtualWidthModelConfig)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    lists = function.MAY_DIFFER, function.SAID
+    return [sorted((lists[0] | lists[1]) - names), sorted(lists[0] & lists[1]), sorted(names - lists[0] - lists[1])]
 
 
 def stages():
@@ -183,6 +240,10 @@ def main(cases_file, results_file):
         with mock.patch.dict(os.environ, RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2"):  # the other node writes
             results["full disk elsewhere"] = prepare([*cases["model"], "--micro-batch-size", "1", *flags])
     results["later megatron"] = with_a_later_megatron([*cases["model"], "--vwn-m", "2", "--vwn-n", "6"])
+    results["other vocabulary"] = other_vocabulary()
+    results["full disk"], results["fields"] = full_disk(), fields_of_a_model()
+    results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
+    results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()
     results["other backend"] = other_backend()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]

@@ -12,6 +12,7 @@ import torch
 from models import tiny
 
 import megatron_vwn
+from megatron_vwn.tracker import TRACKER
 from megatron_vwn.training.refusals.stages import SUBLAYERS
 
 MODEL = tiny(
@@ -29,6 +30,7 @@ MODEL = tiny(
 )
 MOCK = ["--mock-data"]
 WIDE = ["--vwn-m", "2", "--vwn-n", "6"]
+OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method"]
 PROGRAM = ["-m", "megatron_vwn.training.pretrain"]
 
@@ -226,7 +228,7 @@ def checkpoint(tmp_path_factory):
 def prepared(checkpoint, tmp_path_factory):
     """What preparing each command line gave."""
     folder = tmp_path_factory.mktemp("refusals")
-    for name in ("wide", "ordinary", "damaged", "untracked"):
+    for name in ("wide", "ordinary", "damaged", "untracked", "empty tracker", "no tracker", "begun", "legacy"):
         shutil.copytree(checkpoint, folder / name)
     # A common.pt, as older versions of Megatron wrote it, has precedence over what the shards say.
     torch.save({"args": Namespace(hidden_size=64), "iteration": 2}, folder / "ordinary" / "iter_0000002" / "common.pt")
@@ -235,6 +237,15 @@ def prepared(checkpoint, tmp_path_factory):
     for metadata in (shutil.copytree(checkpoint, folder / "with code")).rglob(".metadata"):
         metadata.write_bytes(b"cos\nmkdir\n(S'" + str(folder / "executed").encode() + b"'\ntR.")
     (folder / "untracked" / "latest_checkpointed_iteration.txt").write_text("two\n")
+    (folder / "untracked" / TRACKER).write_text("two\n")
+    (folder / "empty tracker" / TRACKER).write_text("")
+    for name in ("no tracker", "begun", "legacy"):
+        (folder / name / TRACKER).unlink()
+    for path in (folder / "begun").glob("*/metadata.json"):
+        path.unlink()
+    for path in (folder / "legacy").glob("iter_*"):
+        shutil.rmtree(path)
+        (path / "mp_rank_00").mkdir(parents=True)
     (folder / "empty").mkdir()
     yaml = folder / "flags.yaml"
     yaml.write_text("hidden_size: 64\n")
@@ -262,6 +273,25 @@ def prepared(checkpoint, tmp_path_factory):
         ("other norms", "wide", [*WIDE, "--qk-layernorm"]),
         ("other rotary base", "wide", [*WIDE, "--rotary-base", "77"]),
         ("fine-tuning", "wide", [*WIDE, "--finetune"]),
+        ("no positions", "wide", [*WIDE, "--position-embedding-type", "none"]),
+        ("no positions, fine-tuning", "wide", [*WIDE, "--position-embedding-type", "none", "--finetune"]),
+        ("other rotation", "wide", [*WIDE, "--rotary-interleaved", "--rotary-percent", "0.5"]),
+        ("other norms, fine-tuning", "wide", [*WIDE, "--qk-layernorm", "--finetune"]),
+        ("longer", "wide", [*WIDE, "--train-iters", "5"]),
+        ("longer by its own schedule", "wide", [*WIDE, "--train-iters", "5", "--lr", "1e-4", OVERRIDE]),
+        ("longer by the checkpoint's", "wide", [*WIDE, "--train-iters", "5", "--lr", "1e-4", KEEP]),
+        ("other schedule", "wide", [*WIDE, "--lr-decay-style", "cosine", "--weight-decay", "0.3", "--min-lr", "1e-5"]),
+        ("larger batches", "wide", [*WIDE, "--global-batch-size", "8", OVERRIDE]),
+        ("smaller batches", "wide", [*WIDE, "--global-batch-size", "2", OVERRIDE]),
+        ("two schedules", "wide", [*WIDE, OVERRIDE, KEEP]),
+        ("bf16", "wide", [*WIDE, "--bf16"]),
+        ("bf16, new optimizer", "wide", [*WIDE, "--bf16", "--no-load-optim"]),
+        ("other optimizer", "wide", [*WIDE, "--use-distributed-optimizer", "--adam-beta2", "0.9"]),
+        (
+            "other layout",
+            "wide",
+            [*WIDE, "--recompute-granularity", "selective", "--clip-grad", "0.5", "--no-rope-fusion", "--seed", "7"],
+        ),
         ("ordinary from wide", "wide", []),
         ("wide from ordinary", "ordinary", WIDE),
         ("ordinary from ordinary", "ordinary", []),
@@ -269,6 +299,11 @@ def prepared(checkpoint, tmp_path_factory):
         ("untracked", "untracked", WIDE),
         ("missing step", "wide", [*WIDE, "--ckpt-step", "7"]),
         ("with code", "with code", WIDE),
+        ("empty tracker", "empty tracker", WIDE),
+        ("empty tracker and a step", "empty tracker", [*WIDE, "--ckpt-step", "1"]),
+        ("no tracker", "no tracker", WIDE),
+        ("begun", "begun", WIDE),
+        ("legacy", "legacy", WIDE),
         ("empty", "empty", WIDE),
         ("empty but demanded", "empty", [*WIDE, "--exit-on-missing-checkpoint"]),
     ):
@@ -280,7 +315,8 @@ def prepared(checkpoint, tmp_path_factory):
         argv[f"{flag} is to be made"] = [*run, *WIDE, "--save-interval", "1", flag, str(folder / "new" / "folder")]
     (folder / "cases.json").write_text(json.dumps({"argv": argv, "model": run}))
     session = Path(__file__).parent / "session_refusals.py"
-    done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=launch.WITHOUT_GPU)
+    env = launch.WITHOUT_GPU | {"TMPDIR": str(folder)}  # tracebacks are kept there
+    done = launch.session(0, session, folder / "cases.json", folder / "results.json", env=env)
     assert done.returncode == 0, done.stderr
     return {"folder": str(folder)} | json.loads((folder / "results.json").read_text())
 
@@ -317,6 +353,23 @@ def test_refused_for_every_model(prepared, flags, model):
         ("full disk", ["--tensorboard-dir", "nothing can be written to", "(No space left on device)", "make room"]),
         ("unknown symbol", ["'*-X-' has 'X', which is no sublayer", "write *"]),
         ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
+        ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
+        ("other norms", ["qk_layernorm = False", "has qk_layernorm = True", "another --load"]),
+        ("no positions", ["position_embedding_type = rope", "position_embedding_type = none", "add --finetune"]),
+        ("other rotation", ["rotary_interleaved = False, rotary_percent = 1.0", "= True, rotary_percent = 0.5"]),
+        ("other norms, fine-tuning", ["qk_layernorm = False", "or another --load"]),
+        ("longer", ["--train-iters 2", "has --train-iters 5: add --override-opt", "--use-checkpoint-opt"]),
+        (
+            "other schedule",
+            ["linear --weight-decay 0.01, but", "--min-lr 1e-05 --lr-decay-style cosine --weight-decay 0.3: add"],
+        ),
+        ("smaller batches", ["8 samples in 2 steps", "--global-batch-size 2", "--train-samples"]),
+        ("two schedules", ["contradict each other", "drop one"]),
+        ("bf16", ["--bf16 False, but this run has --bf16 True", "--no-load-optim"]),
+        (
+            "other optimizer",
+            ["--adam-beta2 0.999 --use-distributed-optimizer False", "0.9 --use-distributed-optimizer True"],
+        ),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
         ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
         ("other gate and norm", ["--vwn-gate tanh --vwn-reduce-norm", "--vwn-gate sigmoid --no-vwn-reduce-norm"]),
@@ -327,6 +380,9 @@ def test_refused_for_every_model(prepared, flags, model):
         ("missing step", ["cannot be read", "iter_0000007"]),
         ("with code", [".metadata asks for os.mkdir", "nothing of it was run"]),
         ("other backend", ["for --transformer-impl transformer_engine", "has local", "vwn-widen"]),
+        ("missing step", ["cannot be read", "iter_0000007", "traceback in"]),
+        ("legacy", ["holds iter_0000001 but no latest", "name it with --ckpt-step"]),
+        ("drifted reader", ["is not the one that megatron_vwn was written for", "four values", "0.19.2"]),
         ("empty but demanded", ["holds no checkpoint", "--exit-on-missing-checkpoint"]),
     ],
 )
@@ -368,13 +424,61 @@ def test_accepted(prepared, case):
         ("ordinary from ordinary", "training resumes from iteration 2"),
         ("fine-tuning", "training starts from iteration 0 with the weights in"),
         ("other rotary base", "it changes the model's function: rotary_base 10000 -> 77"),
+        ("no positions, fine-tuning", "it changes the model's function: position_embedding_type rope -> none"),
+        ("bf16, new optimizer", "with a new optimizer and schedule; it changes the model's function: bf16 False -> Tr"),
+        ("longer by its own schedule", "of the schedule: --train-iters 2 -> 5, --lr 0.001 -> 0.0001"),
+        ("longer by the checkpoint's", "of the schedule: --lr 0.001 is kept"),
+        ("larger batches", "of the schedule: --global-batch-size 4 -> 8"),
+        ("other layout", "training resumes from iteration 2"),
+        ("empty tracker", "resumes from iteration 2 in"),
+        ("empty tracker", "its newest whole checkpoint (latest_checkpointed_iteration.txt is missing or empty)"),
+        ("no tracker", "its newest whole checkpoint (latest_checkpointed_iteration.txt is missing or empty)"),
+        ("empty tracker and a step", "training resumes from iteration 1"),
+        ("begun", "no checkpoint that is whole (iter_0000001, iter_0000002 begun): training starts from the beginning"),
         ("empty", "holds no checkpoint: training starts from the beginning"),
     ],
 )
 def test_says_where_training_starts(prepared, case, words):
     assert any(words in line for line in prepared[case]["said"])
     changes = any("changes the model's function" in line for line in prepared[case]["said"])
-    assert changes == (case == "other rotary base")
+    assert changes == (case in ("other rotary base", "no positions, fine-tuning", "bf16, new optimizer"))
+
+
+def test_a_longer_run_at_a_new_rate_goes_on(checkpoint):
+    stages = ["--hybrid-layer-pattern", "*-|*-", "--pipeline-model-parallel-size", "2"]
+    news = ["--train-iters", "4", "--lr", "1e-4", "--global-batch-size", "8", OVERRIDE]
+    done = launch.session(
+        2, *PROGRAM, *MODEL, *MOCK, *WIDE, *stages, *news, "--load", checkpoint, env=launch.WITHOUT_GPU
+    )
+    assert done.returncode == 0, done.stderr
+    rates = re.findall(r"iteration +(\d)/.*learning rate: ([\d.E+-]+)", done.stdout)
+    # After two batches of 4, which are one batch of 8 of the new schedule: linear from 1e-4 to 0 over four of them.
+    assert rates == [("3", "5.000000E-05"), ("4", "2.500000E-05")]
+
+
+def test_every_field_that_may_differ_is_a_field(prepared):
+    unknown, twice, compared = prepared["fields"]
+    assert unknown == [] and twice == []
+    assert {"softmax_scale", "rotary_percent", "layernorm_epsilon", "activation_func"} <= set(compared)
+
+
+def test_a_fault_of_the_machine_is_not_said_to_be_one_of_flags(prepared):
+    assert prepared["fault of the machine"] == {"error": "RuntimeError('CUDA error: uncorrectable ECC error')"}
+
+
+def test_a_tokenizer_of_another_size_is_refused(prepared):
+    same, asked_for, more, more_padded, fewer = prepared["other vocabulary"]
+    assert same is None and asked_for is None
+    for sentence in (more, more_padded):
+        assert "has 256 rows, but the 300 tokens of this run's tokenizer make 512: give the checkpoint's" in sentence
+    assert "has 512 rows, but the 200 tokens of this run's tokenizer make 256" in fewer
+
+
+def test_a_full_disk_is_said_and_no_other_fault(prepared):
+    named, hidden, other = prepared["full disk"]
+    for line in (named, hidden):
+        assert line.startswith("No space left on device: ") and "make room" in line
+    assert other is None
 
 
 def test_says_what_is_trained_and_which_flags_were_added(prepared):

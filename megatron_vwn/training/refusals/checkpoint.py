@@ -1,39 +1,29 @@
-"""Whether the checkpoint that Megatron is about to load holds the model of this run.
+"""Whether the checkpoint that Megatron is about to load can be read, and has the virtual width of this run.
 
-Megatron compares layers, hidden size and heads when it loads, but knows nothing of ``--vwn-*``: some differences (the
-gate, say) leave every tensor's shape alone and would be trained on in silence, others end in a list of missing keys. It
-also leaves tensors behind that the model does not ask for (norms of queries and keys, biases), and says nothing of a
-backbone that computes with them something else.
+Megatron knows nothing of ``--vwn-*``: some differences (the gate, say) leave every tensor's shape alone and would be
+trained on in silence, others end in a list of missing keys. The rest of the model is compared in ``function``, the
+optimizer and its schedule in ``optimizer``.
 """
 
 import argparse
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.megatron_fixes.contract import drifted
 from megatron_vwn.megatron_fixes.pickles import refusal_in
+from megatron_vwn.tracker import RELEASE, TRACKER, steps_begun, tracked, whole_steps
 from megatron_vwn.training.flags.vwn import typed, virtual_width_from_args
+from megatron_vwn.training.refusals.megatron import kept_traceback
 
 # The end of a document is the tokenizer's and compared apart.
 _FREE = (*OF_THE_RUN, "document_end")
-# Arguments that say which tensors there are: one that differs drops tensors of the checkpoint, or lacks some.
-_STRUCTURE = ("qk_layernorm", "add_qkv_bias", "add_bias_linear", "normalization", "swiglu")
-# Arguments that change what tensors of the same shapes compute; some are changed on purpose, for longer contexts say.
-_FUNCTION = (
-    "layernorm_epsilon",
-    "rotary_base",
-    "rotary_percent",
-    "squared_relu",
-    "window_size",
-    "window_attn_skip_freq",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_topk_scaling_factor",
-)
 _FIXED = tuple(field.name for field in fields(VirtualWidthConfig) if field.name not in _FREE)
 
 
@@ -47,6 +37,7 @@ class Checkpoint:
         args: the arguments it was saved with; None where it does not say.
         iteration: of training; None where it does not say.
         release: whether it has weights alone.
+        remark: what is odd about the folder, for the line that says where training starts.
     """
 
     folder: str
@@ -54,6 +45,15 @@ class Checkpoint:
     args: argparse.Namespace | None = None
     iteration: int | None = None
     release: bool = False
+    remark: str = ""
+
+    def completed_args(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Its arguments; what an older Megatron, or a converter, did not record counts as this run has it."""
+        return argparse.Namespace(**{**vars(args), **vars(self.args)})
+
+    def weights_alone(self, args: argparse.Namespace) -> bool:
+        """Whether a run begins anew with its weights: they are a release, or the flags say so."""
+        return self.release or args.finetune or self.folder != args.load
 
 
 def read_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
@@ -75,8 +75,11 @@ def read_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         return None
     quiet = copy.copy(args)
     quiet.exit_on_missing_checkpoint = False  # Megatron would leave with exit code 0
+    remark = _remark(Path(folder), args.ckpt_step)
     try:
-        state, _, release, _ = _load_base_checkpoint(folder, quiet, rank0=True)
+        found = _load_base_checkpoint(folder, quiet, rank0=True)
+    except VirtualWidthError:
+        raise
     # Whatever a damaged file provokes; a CheckpointException is no Exception, and for some faults Megatron just leaves.
     except (Exception, CheckpointException, SystemExit) as error:
         if (refusal := refusal_in(error)) is not None:
@@ -84,11 +87,41 @@ def read_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         fault = "Megatron gave up" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         reason = fault.strip().splitlines()[-1]  # a CheckpointException carries the cause's traceback as its text
         raise VirtualWidthError(
-            f"the checkpoint in {folder} cannot be read ({reason}): choose another with --ckpt-step or --load."
+            f"the checkpoint in {folder} cannot be read ({reason}; {kept_traceback(error)}): choose another with "
+            "--ckpt-step or --load."
         ) from error
+    if not (isinstance(found, tuple) and len(found) == 4 and isinstance(found[0], dict | None)):
+        raise drifted("_load_base_checkpoint returns something else than four values, the first a dictionary")
+    state, _, release, _ = found
     if state is None:
-        return Checkpoint(folder, exists=False)
-    return Checkpoint(folder, True, state.get("args"), state.get("iteration"), release)
+        return Checkpoint(folder, exists=False, remark=remark)
+    return Checkpoint(folder, True, state.get("args"), state.get("iteration"), release, remark)
+
+
+def _remark(folder: Path, step: int | None) -> str:
+    """What is odd about the folder that is loaded from: a lost tracker, checkpoints that were only begun.
+
+    Raises:
+        VirtualWidthError: nothing says which of the folder's checkpoints are whole.
+    """
+    last = tracked(folder)
+    if step and last == RELEASE:
+        raise VirtualWidthError(
+            f"--ckpt-step is {step}, but Megatron would load the release that {folder / TRACKER} names: write {step} "
+            "into that file, or drop --ckpt-step."
+        )
+    if step or last is not None:
+        return ""
+    if whole_steps(folder):
+        return f", its newest whole checkpoint ({TRACKER} is missing or empty)"
+    begun = sorted(steps_begun(folder))
+    for path in begun:
+        if any(path.glob("mp_rank_*")):
+            raise VirtualWidthError(
+                f"{folder} holds {path.name} but no {TRACKER}, and nothing says whether it is whole: name it with "
+                "--ckpt-step, or give another --load."
+            )
+    return f" that is whole ({', '.join(path.name for path in begun)} begun)" if begun else ""
 
 
 def refuse_missing(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
@@ -143,25 +176,6 @@ def refuse_other_backend(checkpoint: Checkpoint, current: argparse.Namespace) ->
         )
 
 
-def refuse_other_model(checkpoint: Checkpoint, current: argparse.Namespace) -> None:
-    """Refuse a checkpoint of another backbone, as far as tensors of it would be left behind.
-
-    Args:
-        checkpoint: its virtual width is this run's.
-        current: parsed flags, those that ``--use-checkpoint-args`` takes from the checkpoint among them.
-
-    Raises:
-        VirtualWidthError: an argument that says which tensors there are differs.
-    """
-    for name in _STRUCTURE:
-        theirs, ours = getattr(checkpoint.args, name, None), getattr(current, name)
-        if theirs is not None and theirs != ours:
-            raise VirtualWidthError(
-                f"the checkpoint in {checkpoint.folder} was trained with {name} = {theirs}, but this run has {ours}: "
-                "some of its tensors would be left behind, so give the checkpoint's setting, or another --load."
-            )
-
-
 def refuse_other_document_end(checkpoint: Checkpoint, document_end: int) -> None:
     """Refuse a tokenizer that ends documents with another token than the n-grams of the checkpoint know.
 
@@ -176,25 +190,46 @@ def refuse_other_document_end(checkpoint: Checkpoint, document_end: int) -> None
         )
 
 
-def describe_start(checkpoint: Checkpoint, args: argparse.Namespace) -> str:
-    """One line about where training starts, and what the run changes of the checkpoint's function."""
+def refuse_other_vocabulary(checkpoint: Checkpoint, args: argparse.Namespace, tokens: int) -> None:
+    """Refuse a tokenizer of another size than the checkpoint's, whose table Megatron would load as far as it goes.
+
+    Args:
+        checkpoint: what training starts from.
+        args: Megatron's arguments with the padded vocabulary, whose padding depends on the layout.
+        tokens: the size of this run's tokenizer.
+
+    Raises:
+        VirtualWidthError: the checkpoint's table is of another tokenizer.
+    """
+    if checkpoint.args is None or checkpoint.weights_alone(args):
+        return
+    saved = checkpoint.completed_args(args)
+    rows = calculate_padded_vocab_size(
+        tokens, saved.make_vocab_size_divisible_by, saved.tensor_model_parallel_size, logging_enabled=False
+    )
+    if rows != saved.padded_vocab_size and (
+        args.padded_vocab_size != saved.padded_vocab_size or tokens > saved.padded_vocab_size
+    ):
+        raise VirtualWidthError(
+            f"the vocabulary of the checkpoint in {checkpoint.folder} has {saved.padded_vocab_size} rows, but the "
+            f"{tokens} tokens of this run's tokenizer make {rows}: give the checkpoint's tokenizer (--vocab-size, or "
+            "--padded-vocab-size if it was given), or another --load."
+        )
+
+
+def describe_start(
+    checkpoint: Checkpoint, args: argparse.Namespace, function: Sequence[str], schedule: Sequence[str]
+) -> str:
+    """One line about where training starts, and what the run changes of the checkpoint's function and schedule."""
     folder = checkpoint.folder
     if not checkpoint.exists:
-        return f"{folder} holds no checkpoint: training starts from the beginning"
-    changed = "" if checkpoint.args is None else _changes(checkpoint.args, args)
-    if checkpoint.release or args.finetune:
-        return f"training starts from iteration 0 with the weights in {folder}{changed}"
-    return f"training resumes from iteration {checkpoint.iteration} in {folder}{changed}"
-
-
-def _changes(saved: argparse.Namespace, current: argparse.Namespace) -> str:
-    """What the run computes with the same tensors in another way."""
-    changes = [
-        f"{name} {getattr(saved, name)} -> {getattr(current, name)}"
-        for name in _FUNCTION
-        if hasattr(saved, name) and getattr(saved, name) != getattr(current, name)
-    ]
-    return f"; it changes the model's function: {', '.join(changes)}" if changes else ""
+        return f"{folder} holds no checkpoint{checkpoint.remark}: training starts from the beginning"
+    changed = f"; it changes the model's function: {', '.join(function)}" if function else ""
+    changed += f"; of the schedule: {', '.join(schedule)}" if schedule else ""
+    if checkpoint.weights_alone(args):
+        return f"training starts from iteration 0 with the weights in {folder}{checkpoint.remark}{changed}"
+    fresh = ", with a new optimizer and schedule" if args.no_load_optim else ""
+    return f"training resumes from iteration {checkpoint.iteration} in {folder}{checkpoint.remark}{fresh}{changed}"
 
 
 def _describe(virtual_width: VirtualWidthConfig | None) -> str:

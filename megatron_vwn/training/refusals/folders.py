@@ -5,7 +5,10 @@ its first checkpoint.
 """
 
 import argparse
+import errno
 import os
+import shutil
+import traceback
 from pathlib import Path
 
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
@@ -15,6 +18,7 @@ from megatron_vwn.config import VirtualWidthError
 _WRITTEN = ("save", "non_persistent_global_ckpt_dir", "logits_save_dir")
 # By the last rank alone, or only where a data set has no index yet; other nodes need no more than a folder there.
 _WRITTEN_ELSEWHERE = ("tensorboard_dir", "wandb_save_dir", "data_cache_path")
+_NO_ROOM = 64 * 2**20  # bytes; the writers of a node leave no more between them
 _READ = ("load", "pretrained_checkpoint")
 
 
@@ -37,6 +41,30 @@ def check_folders(args: argparse.Namespace) -> None:
             raise VirtualWidthError(f"{flag} is {path}, but {there} is a file: give a folder.")
         if name in _WRITTEN and not os.access(there, os.W_OK | os.X_OK):
             raise VirtualWidthError(f"{flag} is {path}, but nothing may be written to {there}: give another folder.")
+
+
+def explain_full_disk(error: BaseException, folder: str | None) -> str | None:
+    """One line about a checkpoint that found no room, for Megatron hides the cause in words of its own; else None.
+
+    Args:
+        error: what ended the training.
+        folder: what ``--save`` names.
+    """
+    if folder is None or is_object_storage_path(folder):
+        return None
+    free = shutil.disk_usage(first_that_exists(Path(folder)))
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    text = "".join(traceback.format_exception(error))
+    reason = next((reason for reason in reasons if reason in text), None)
+    # A writer's process or thread hands on no more than the kind of the error; the disk is still as it left it.
+    if reason is None and free.free < min(_NO_ROOM, free.total // 100):
+        reason = reasons[0]
+    if reason is None:
+        return None
+    return (
+        f"{reason}: {folder} cannot take the checkpoint ({free.free / 2**20:.1f} MiB are free): make room and start "
+        "the same command again, which resumes from the last whole one"
+    )
 
 
 def first_that_exists(path: Path) -> Path:

@@ -1,8 +1,9 @@
 """Whether a run is refused: every check, in the order in which a user would want to hear of what is wrong.
 
 A run is asked as soon as more is known of it: ``refuse_argv`` about what is typed, ``refuse_start`` about the
-checkpoint, ``refuse`` about the arguments that a checkpoint may have completed, ``refuse_document_end`` and
-``refuse_vocabulary`` about the tokenizer. The parser raises refusals of its own, and Megatron validates what is left.
+checkpoint, ``refuse`` about the arguments that a checkpoint may have completed, ``refuse_other_training`` about what
+Megatron made of them, ``refuse_document_end`` and ``refuse_vocabulary`` about the tokenizer. The parser raises refusals
+of its own, and Megatron validates what is left.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from megatron_vwn.training.refusals.checkpoint import (
     refuse_missing,
     refuse_other_backend,
     refuse_other_document_end,
-    refuse_other_model,
+    refuse_other_vocabulary,
     refuse_other_width,
 )
 from megatron_vwn.training.refusals.data import check_data, check_vocabularies, data_prefixes
 from megatron_vwn.training.refusals.flags import refuse_unsupported, refuse_yaml
 from megatron_vwn.training.refusals.folders import check_folders
+from megatron_vwn.training.refusals.function import refuse_other_function
 from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.monitoring import check_event_folder, check_monitoring
+from megatron_vwn.training.refusals.optimizer import refuse_other_optimizer
 from megatron_vwn.training.refusals.size import refuse_too_large
 from megatron_vwn.training.refusals.unknown import refuse_unknown
 
@@ -62,8 +65,6 @@ def refuse(run: Run) -> None:
     Raises:
         VirtualWidthError: the sentence to print.
     """
-    if run.checkpoint is not None:
-        refuse_other_model(run.checkpoint, run.args)
     refuse_unknown(run.args)
     with quoting_megatron():
         refuse_unsupported(run.args, run.virtual_width)
@@ -80,6 +81,20 @@ def refuse(run: Run) -> None:
         check_data(run.args)
 
 
+def refuse_other_training(run: Run) -> tuple[list[str], list[str]]:
+    """Refuse a checkpoint that the run would not go on with as it was trained; its arguments are validated.
+
+    Returns:
+        What the run changes on purpose: of the model's function, and of the schedule.
+
+    Raises:
+        VirtualWidthError: the sentence to print.
+    """
+    if run.checkpoint is None:
+        return [], []
+    return refuse_other_function(run.checkpoint, run.args), refuse_other_optimizer(run.checkpoint, run.args)
+
+
 def refuse_document_end(run: Run) -> None:
     """Refuse a tokenizer that contradicts the checkpoint's n-grams; Megatron has built it.
 
@@ -91,10 +106,12 @@ def refuse_document_end(run: Run) -> None:
 
 
 def refuse_vocabulary(run: Run) -> None:
-    """Refuse data that another tokenizer made than the run's; Megatron has built it.
+    """Refuse data or a checkpoint that another tokenizer made than the run's; Megatron has built it.
 
     Raises:
         VirtualWidthError: the sentence to print.
     """
+    if run.checkpoint is not None:
+        refuse_other_vocabulary(run.checkpoint, run.args, get_tokenizer().vocab_size)
     if first_of_node():
         check_vocabularies(data_prefixes(run.args), get_tokenizer())

@@ -1,0 +1,48 @@
+"""Megatron fails on a checkpoint without ``_extra_state`` entries, of which only FP8 with delayed scaling needs any."""
+
+import logging
+from collections.abc import Callable
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_vwn.megatron_fixes.repair import repair
+
+_SUFFIX = "_extra_state"
+
+
+def load_without_extra_states() -> None:
+    """Let a checkpoint lack extra states, another backend's or another program's say: layers begin with fresh ones."""
+    repair(dist_checkpointing, "load", _load_what_is_there)
+
+
+def _load_what_is_there(stock: Callable) -> Callable:
+    def load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
+        asked, missing = [], set()
+        dict_list_map_inplace(lambda entry: asked.append(entry) or entry, sharded_state_dict)
+        names = {entry.unique_key for entry in asked if _is_extra_state(entry)}
+        if names:
+            missing = names - FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
+        if missing:
+            logging.getLogger(__name__).warning(
+                "%d of %d extra states are not in %s: their layers begin with fresh ones, which FP8 alone would notice",
+                len(missing),
+                len(names),
+                checkpoint_dir,
+            )
+            dict_list_map_inplace(
+                lambda entry: (
+                    dist_checkpointing.LocalNonpersistentObject(None)
+                    if _is_extra_state(entry) and entry.unique_key in missing
+                    else entry
+                ),
+                sharded_state_dict,
+            )
+        return stock(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+    return load
+
+
+def _is_extra_state(entry: object) -> bool:
+    return isinstance(entry, dist_checkpointing.ShardedObject) and entry.key.endswith(_SUFFIX)
