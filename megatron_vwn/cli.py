@@ -19,6 +19,8 @@ REFUSED = 2
 """A refusal, which is one sentence on stderr; argparse ends with it, too."""
 DIFFERENT = 3
 """``checkpoint.verify``: two checkpoints were run and do not compute the same."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Ctrl-C; other signals that end a program give 128 + theirs, such as 143 for SIGTERM."""
 
 # Ctrl-C, a scheduler, a terminal that is closed.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
