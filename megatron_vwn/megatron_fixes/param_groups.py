@@ -50,19 +50,19 @@ def _distributed_finds_group_of_another_rate() -> bool:
 
 
 def _with_rates_of_this_run(stock: Callable) -> Callable:
-    def filter_and_reorder(current_groups, state_dict_groups):
-        return stock(current_groups, _at_rates_of(current_groups, state_dict_groups))
+    def filter_and_reorder(current_groups, state_dict_groups, *more, **named):
+        return stock(current_groups, _at_rates_of(current_groups, state_dict_groups), *more, **named)
 
     return filter_and_reorder
 
 
 def _loading_rates_of_this_run(stock: Callable) -> Callable:
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict, *more, **named):
         saved = state_dict.get("optimizer")
         if isinstance(saved, dict) and "param_groups" in saved:
             groups = _at_rates_of(self.optimizer.param_groups, saved["param_groups"])
             state_dict = {**state_dict, "optimizer": {**saved, "param_groups": groups}}
-        return stock(self, state_dict)
+        return stock(self, state_dict, *more, **named)
 
     return load_state_dict
 

@@ -24,14 +24,14 @@ def find_sample_indices_by_content() -> None:
 
 
 def _named_by_content(stock: Callable) -> Callable:
-    def init(self, indexed_dataset, dataset_path, *arguments):
+    def init(self, indexed_dataset, dataset_path, *arguments, **named):
         if dataset_path is None:  # of mock data
-            stock(self, indexed_dataset, dataset_path, *arguments)
+            stock(self, indexed_dataset, dataset_path, *arguments, **named)
             return
-        named = f"{dataset_path} with sequences {_fingerprint(indexed_dataset)}"
+        path = f"{dataset_path} with sequences {_fingerprint(indexed_dataset)}"
         try:
             # Megatron makes the name of an index, and the name of a blend's, from this path, which it opens nowhere.
-            stock(self, indexed_dataset, named, *arguments)
+            stock(self, indexed_dataset, path, *arguments, **named)
         except OSError:
             _remove_half(self)
             raise

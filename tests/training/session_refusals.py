@@ -241,7 +241,7 @@ def main(cases_file, results_file):
             results["full disk elsewhere"] = prepare([*cases["model"], "--micro-batch-size", "1", *flags])
     results["later megatron"] = with_a_later_megatron([*cases["model"], "--vwn-m", "2", "--vwn-n", "6"])
     results["other vocabulary"] = other_vocabulary()
-    results["full disk"], results["fields"] = full_disk(), fields_of_a_model()
+    results["full disk of a checkpoint"], results["fields"] = full_disk(), fields_of_a_model()
     results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
     results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()
