@@ -101,7 +101,7 @@ def test_every_chart_finds_its_tags():
         )
         assert found <= tags, found - tags
         assert kind == "bands" or 1 < len(content) <= 8
-    _, (values, birth, most) = charts["independent segments (birth, n: straight lines)"]
+    _, (values, birth, most) = charts["independent segments, lines at birth and n"]
     assert values == tuple(f"vwn/independent_segments/{of}" for of in ("mean", "min", "max"))
     assert birth == ("vwn/independent_segments/birth",) * 3 and most == ("vwn/independent_segments/n",) * 3
     _, lines = charts["independent segments of layers 1, 9, 17, 24, 32, 40"]

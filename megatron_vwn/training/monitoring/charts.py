@@ -26,7 +26,7 @@ def layout(snapshot: Snapshot, references: Iterable[str]) -> dict[str, Charts]:
         found: Charts = {}
         for name in names:
             lines = [tag for tag in (f"vwn/{name}/birth", f"vwn/{name}/n") if tag in references]
-            said = f" ({', '.join(tag.rpartition('/')[2] for tag in lines)}: straight lines)" if lines else ""
+            said = f", lines at {' and '.join(tag.rpartition('/')[2] for tag in lines)}" if lines else ""
             series = [tuple(f"vwn/{name}/{of}" for of in ("mean", "min", "max")), *((tag,) * 3 for tag in lines)]
             found[name.replace("_", " ") + said] = ("bands", series)
         return found
