@@ -161,7 +161,7 @@ def test_every_tag_has_a_description():
         (WIDTH, 2.6, 0.01, "the width is used"),
         (WIDTH, float("nan"), 0.01, "the stream is not finite"),
         (replace(WIDTH, connection="static"), 2.6, 0.0, "(2.0 at birth): the width is used"),
-        (replace(WIDTH, embedding="wide"), 3.9, 0.01, "3.9 of 4 independent segments (independent at birth, too), "),
+        (replace(WIDTH, embedding="wide"), 3.9, 0.01, "3.9 of 4 independent segments (m = 2; more at birth), "),
         (VirtualWidthConfig(m=4, n=4), 3.9, 0.01, "there is no width beyond the backbone's"),
     ],
 )
