@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Reads the installed package alone: recipes, results, patches, READMEs and templates are files of the wheel.
 PROGRAM = """
-import importlib, pkgutil, sys, warnings
+import importlib, pkgutil, sys, tempfile, warnings
 from pathlib import Path
 
 warnings.simplefilter("ignore")
@@ -36,8 +36,12 @@ assert refused == ["megatron_vwn.checkpoint.bridge"], refused  # Megatron-Bridge
 from megatron_vwn.benchmark.report import RESULTS
 from megatron_vwn.recipes.recipe import load_recipe, recipe_names
 
-assert "moe-a3.3b" in recipe_names(), recipe_names()
+assert {"moe-a3.3b", "dense-1b"} <= set(recipe_names()), recipe_names()
 load_recipe("moe-a3.3b")
+with tempfile.TemporaryDirectory() as elsewhere:
+    own = Path(elsewhere, "own.yaml")
+    own.write_text("base: dense-1b")
+    assert load_recipe(str(own)).flags == load_recipe("dense-1b").flags
 assert list(RESULTS.glob("*.json")), RESULTS
 assert list((folder / "megatron_lm" / "patches").glob("0.19/*.patch"))
 refusals = folder / "training" / "refusals"

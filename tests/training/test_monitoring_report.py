@@ -101,7 +101,7 @@ def test_every_chart_finds_its_tags():
         )
         assert found <= tags, found - tags
         assert kind == "bands" or 1 < len(content) <= 8
-    _, (values, birth, most) = charts["independent segments (birth, n: straight lines)"]
+    _, (values, birth, most) = charts["independent segments, lines at birth and n"]
     assert values == tuple(f"vwn/independent_segments/{of}" for of in ("mean", "min", "max"))
     assert birth == ("vwn/independent_segments/birth",) * 3 and most == ("vwn/independent_segments/n",) * 3
     _, lines = charts["independent segments of layers 1, 9, 17, 24, 32, 40"]
@@ -161,7 +161,7 @@ def test_every_tag_has_a_description():
         (WIDTH, 2.6, 0.01, "the width is used"),
         (WIDTH, float("nan"), 0.01, "the stream is not finite"),
         (replace(WIDTH, connection="static"), 2.6, 0.0, "(2.0 at birth): the width is used"),
-        (replace(WIDTH, embedding="wide"), 3.9, 0.01, "3.9 of 4 independent segments (independent at birth, too), "),
+        (replace(WIDTH, embedding="wide"), 3.9, 0.01, "3.9 of 4 independent segments (m = 2; more at birth), "),
         (VirtualWidthConfig(m=4, n=4), 3.9, 0.01, "there is no width beyond the backbone's"),
     ],
 )

@@ -26,7 +26,8 @@ def layout(snapshot: Snapshot, references: Iterable[str]) -> dict[str, Charts]:
         found: Charts = {}
         for name in names:
             lines = [tag for tag in (f"vwn/{name}/birth", f"vwn/{name}/n") if tag in references]
-            said = f" ({', '.join(tag.rpartition('/')[2] for tag in lines)}: straight lines)" if lines else ""
+            said = " and ".join(tag.rpartition("/")[2] for tag in lines)
+            said = f", line{'s' * (len(lines) > 1)} at {said}" if lines else ""
             series = [tuple(f"vwn/{name}/{of}" for of in ("mean", "min", "max")), *((tag,) * 3 for tag in lines)]
             found[name.replace("_", " ") + said] = ("bands", series)
         return found
@@ -37,7 +38,8 @@ def layout(snapshot: Snapshot, references: Iterable[str]) -> dict[str, Charts]:
             return {}
         title = f"{name.replace('_', ' ')} of layers {', '.join(str(p.number) for p in few)}"
         own = [f"^vwn_layers/{name}/{place}$" for place in few]
-        own += [f"^{tag}$" for tag in (f"vwn/{name}/birth", f"vwn/{name}/n") if tag in references]
+        if f"vwn/{name}/n" in references:  # of other numbers every layer has a value at birth of its own
+            own += [f"^{tag}$" for tag in (f"vwn/{name}/birth", f"vwn/{name}/n") if tag in references]
         return {title: ("lines", own)}
 
     kinds = [kind for kind in (*OF_CONNECTIONS, *OF_MODULES) if kind in snapshot.gradient_norms][:LINES]

@@ -2,8 +2,8 @@
 
 What is asked: of the room that the width adds, how much has the model filled? A fresh model's segments are copies of
 the first m, so the room is the n - m segments that could be independent beside them. With an embedding as wide as the
-stream they are independent from the first, whether anybody reads them or not: there the coefficients are looked at
-instead, of which nothing has been learned at birth.
+stream they are independent from the first, whether anybody reads them or not: there it also takes coefficients that
+have learned to, of which nothing has been learned at birth.
 """
 
 import math
@@ -36,8 +36,9 @@ def verdict(snapshot: Snapshot, values: dict[str, dict[Place, float]], virtual_w
     if n == virtual_width.m:
         used = None
     elif birth is None:
-        used = sum(map(_learned_share, trunk.values())) / len(trunk)
-        said += f" (independent at birth, too), {_percent(used)} of the coefficients learned"
+        m, learned = virtual_width.m, sum(map(_learned_share, trunk.values())) / len(trunk)
+        used = min((independent - m) / (n - m), learned)
+        said += f" (m = {m}; more at birth), {_percent(learned)} of the coefficients learned"
     else:
         used = (independent - birth) / (n - birth)
         said += f" ({birth:.1f} at birth)"
