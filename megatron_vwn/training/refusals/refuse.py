@@ -27,17 +27,19 @@ from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.monitoring import check_event_folder, check_monitoring
 from megatron_vwn.training.refusals.size import refuse_too_large
 from megatron_vwn.training.refusals.unknown import refuse_unknown
+from megatron_vwn.training.refusals.versions import refuse_versions
 
 if TYPE_CHECKING:
     from megatron_vwn.training.run import Run
 
 
 def refuse_argv(argv: Sequence[str]) -> None:
-    """Refuse what must not reach Megatron's parser.
+    """Refuse what must not reach Megatron's parser, and another Megatron.
 
     Raises:
         VirtualWidthError: the sentence to print.
     """
+    refuse_versions(argv)
     refuse_yaml(argv)
 
 
