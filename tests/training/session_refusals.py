@@ -48,6 +48,14 @@ def prepare(argv):
     }
 
 
+def without_a_launcher():
+    """The sentence of a run that no launcher told where its ranks meet."""
+    try:
+        run.Run.train(mock.Mock())
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
+
+
 def with_a_later_megatron(argv):
     """Flags that the support matrix lacks: refused unless they are at their default or --allow-untested is given."""
     fewer = unknown.known_flags() - {"--mtp-loss-scaling-factor"}
@@ -169,6 +177,7 @@ def main(cases_file, results_file):
         results["full disk"] = prepare([*cases["model"], *flags])
         with mock.patch.dict(os.environ, RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2"):  # the other node writes
             results["full disk elsewhere"] = prepare([*cases["model"], "--micro-batch-size", "1", *flags])
+    results["no launcher"] = without_a_launcher()
     results["later megatron"] = with_a_later_megatron([*cases["model"], "--vwn-m", "2", "--vwn-n", "6"])
     results["other document end"] = other_document_end()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]

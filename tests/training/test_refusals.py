@@ -306,6 +306,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("experts with biases", ["--disable-bias-linear"]),
         ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
         ("full disk", ["--tensorboard-dir", "nothing can be written to", "(No space left on device)", "make room"]),
+        ("no launcher", ["where the ranks meet", "start this with torchrun"]),
         ("unknown symbol", ["Megatron refuses these flags", "'X'"]),
         ("other norms", ["qk_layernorm = False", "has True", "another --load"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
