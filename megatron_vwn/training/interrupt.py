@@ -25,7 +25,8 @@ def saving_when_interrupted(args: argparse.Namespace) -> Iterator[None]:
     Args:
         args: Megatron's arguments, validated.
     """
-    if not args.exit_signal_handler or threading.current_thread() is not threading.main_thread():
+    left_alone = not args.exit_signal_handler or args.exit_signal == signal.SIGINT
+    if left_alone or threading.current_thread() is not threading.main_thread():
         yield
         return
     rank, first = os.getpid(), None

@@ -56,6 +56,14 @@ def prepare(argv):
     }
 
 
+def without_a_launcher():
+    """The sentence of a run that no launcher told where its ranks meet."""
+    try:
+        run.Run.train(mock.Mock())
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
+
+
 def with_a_later_megatron(argv):
     """Flags that the support matrix lacks: refused unless they are at their default or --allow-untested is given."""
     fewer = unknown.known_flags() - {"--mtp-loss-scaling-factor"}
@@ -239,6 +247,7 @@ def main(cases_file, results_file):
         results["full disk"] = prepare([*cases["model"], *flags])
         with mock.patch.dict(os.environ, RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE="2"):  # the other node writes
             results["full disk elsewhere"] = prepare([*cases["model"], "--micro-batch-size", "1", *flags])
+    results["no launcher"] = without_a_launcher()
     results["later megatron"] = with_a_later_megatron([*cases["model"], "--vwn-m", "2", "--vwn-n", "6"])
     results["other vocabulary"] = other_vocabulary()
     results["full disk of a checkpoint"], results["fields"] = full_disk(), fields_of_a_model()

@@ -351,6 +351,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("experts with biases", ["--disable-bias-linear"]),
         ("nothing may be written", ["--save", "nothing may be written to", "give another folder"]),
         ("full disk", ["--tensorboard-dir", "nothing can be written to", "(No space left on device)", "make room"]),
+        ("no launcher", ["where the ranks meet", "start this with torchrun"]),
         ("unknown symbol", ["'*-X-' has 'X', which is no sublayer", "write *"]),
         ("other norms", ["qk_layernorm = False", "has qk_layernorm = True", "another --load"]),
         ("no positions", ["position_embedding_type = rope", "position_embedding_type = none", "add --finetune"]),

@@ -31,17 +31,19 @@ from megatron_vwn.training.refusals.monitoring import check_event_folder, check_
 from megatron_vwn.training.refusals.optimizer import refuse_other_optimizer
 from megatron_vwn.training.refusals.size import refuse_too_large
 from megatron_vwn.training.refusals.unknown import refuse_unknown
+from megatron_vwn.training.refusals.versions import refuse_versions
 
 if TYPE_CHECKING:
     from megatron_vwn.training.run import Run
 
 
 def refuse_argv(argv: Sequence[str]) -> None:
-    """Refuse what must not reach Megatron's parser.
+    """Refuse what must not reach Megatron's parser, and another Megatron.
 
     Raises:
         VirtualWidthError: the sentence to print.
     """
+    refuse_versions(argv)
     refuse_yaml(argv)
 
 

@@ -41,7 +41,8 @@ def untested_megatron() -> str | None:
     if spec is None or not spec.submodule_search_locations:
         raise VirtualWidthError("megatron-core is not installed: install megatron_vwn[train].")
     # A source checkout on PYTHONPATH has no metadata, or stands before a wheel that has.
-    text = Path(next(iter(spec.submodule_search_locations)), "package_info.py").read_text()
+    file = Path(next(iter(spec.submodule_search_locations)), "package_info.py")
+    text = file.read_text() if file.is_file() else ""
     found = {name: int(number) for name, number in re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)$", text, re.MULTILINE)}
     if (found.get("MAJOR"), found.get("MINOR")) == MEGATRON:
         return None
