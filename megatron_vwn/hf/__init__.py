@@ -1,4 +1,4 @@
-"""VWN models for transformers 5.8 and newer: importing this package makes Auto classes know the model type "vwn".
+"""VWN models for transformers 5.8 to 5.24: importing this package makes Auto classes know the model type "vwn".
 
 ``configuration_vwn.py`` and ``modeling_vwn.py`` need torch and transformers alone. ``add_code`` puts them next to a
 checkpoint, which then loads with ``trust_remote_code=True`` where this package is not installed.
