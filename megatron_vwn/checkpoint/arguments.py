@@ -30,6 +30,7 @@ _SAME = {
     "norm_eps": "layernorm_epsilon",
     "fp32_residual_connection": "fp32_residual_connection",
     "initializer_range": "init_method_std",
+    "mtp_loss_scaling_factor": "mtp_loss_scaling_factor",
 }
 # Derived by Megatron from the pattern, which refuses to be told again.
 _SAID_BY_THE_PATTERN = ("num_layers", "mtp_num_layers")

@@ -32,14 +32,16 @@ Converted from a Megatron checkpoint by megatron_vwn {version}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 tokens = tokenizer("It was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))
 ```
 
-## The training run
+`trust_remote_code=True` executes the code in this folder, `configuration_vwn.py` and `modeling_vwn.py`, with all rights
+of the user: read both files, or install megatron_vwn, `import megatron_vwn.hf` and leave the argument out, and no code of
+the folder is executed. The weights are safetensors, which hold numbers alone.
 
-{lines}
+The arguments of the training run are in `{arguments}`.
 """
 
 
@@ -59,9 +61,7 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
 
 def write_model_card(folder: Path, name: str, args: argparse.Namespace, config: VWNConfig) -> None:
     """Write README.md, which calls the model by a name, and the arguments into a converted folder."""
-    arguments = plain(args)
-    (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
-    given = {name: value for name, value in arguments.items() if value not in (None, False, [], "")}
+    (folder / ARGUMENTS).write_text(json.dumps(plain(args), indent=1) + "\n")
     further = f", and {config.num_mtp_layers} x `{config.mtp_hybrid_pattern}` for further tokens"
     card = _CARD.format(
         **config.to_dict() | {"name": name},
@@ -70,6 +70,6 @@ def write_model_card(folder: Path, name: str, args: argparse.Namespace, config: 
         expansion=config.vwn_n / config.vwn_m,
         further=further if config.num_mtp_layers else "",
         version=__version__,
-        lines="\n".join(f"    {argument} {value}" for argument, value in given.items()),
+        arguments=ARGUMENTS,
     )
     (folder / "README.md").write_text(card)

@@ -1,6 +1,12 @@
 """What a VWN checkpoint says about its model. Needs transformers alone: it is copied next to the weights."""
 
+import shutil
+from pathlib import Path
+
 from transformers import PreTrainedConfig
+
+CODE = ("configuration_vwn.py", "modeling_vwn.py")
+"""What a folder needs to be loaded where megatron_vwn is not installed."""
 
 CHOICES = {
     "normalization": ("RMSNorm", "LayerNorm"),
@@ -13,6 +19,19 @@ CHOICES = {
     "vwn_embedding": ("wide", "projected", "tiled"),
     "vwn_linear": ("scaled", "plain"),
 }
+
+
+# By sublayer, what is split among tensor-parallel ranks. The stream and everything that acts on it are replicated;
+# sublayers are split as in any decoder. There is no pipeline plan: engines size what they send between stages by
+# hidden_size, and the stream is wider.
+_SPLIT_ATTENTION = {
+    "self_attn.q_proj": "colwise",
+    "self_attn.k_proj": "colwise",
+    "self_attn.v_proj": "colwise",
+    "self_attn.o_proj": "rowwise",
+}
+_SPLIT_NORMS = dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "replicated_with_grad_allreduce")
+_SPLIT_EXPERTS = {"mlp.experts.down_proj": "rowwise", "mlp.experts": "moe_tp_experts"}
 
 
 class VWNConfig(PreTrainedConfig):
@@ -32,8 +51,14 @@ class VWNConfig(PreTrainedConfig):
         fp32_residual_connection: keep the stream in fp32 around a model of lower precision.
         shared_expert_intermediate_size: width of an expert that sees every token; 0 for none.
         shared_expert_gate: scale that expert's output by sigmoid of one more projection.
-        num_mtp_layers: modules that predict further tokens: kept in the checkpoint, unused by generate().
+        router_aux_loss_coef: what the balance of experts is multiplied by before it is added to the loss, where
+            output_router_logits asks for it.
+        num_mtp_layers: modules that predict further tokens: trained by VWNForCausalLM, unused by generate(); 0, with an
+            empty mtp_hybrid_pattern, leaves them out.
         mtp_hybrid_pattern: the sublayers of each of them.
+        mtp_loss_scaling_factor: what the mean of their losses is multiplied by before it is added to the loss in
+            training; 0 freezes them.
+        output_wide_hidden_states: hidden_states are the over-width states themselves (see VWNModel.forward).
         vwn_m: fraction rate m; vwn_n: segments n of the stream, n >= m.
         vwn_connection: "dynamic" or "static"; vwn_gate: "tanh" or "sigmoid"; vwn_carry: "full", "identity" or
             "doubly-stochastic"; vwn_embedding: "wide", "projected" or "tiled"; vwn_reduce_norm: a group norm before the
@@ -48,28 +73,8 @@ class VWNConfig(PreTrainedConfig):
     """
 
     model_type = "vwn"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     default_theta = 10000.0
-
-    # The stream and everything that acts on it are replicated; sublayers are split as in any decoder. There is no
-    # pipeline plan: engines size what they send between stages by hidden_size, and the stream is wider.
-    base_model_tp_plan = {  # noqa: RUF012
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_expert.gate_proj": "colwise",
-        "layers.*.mlp.shared_expert.up_proj": "colwise",
-        "layers.*.mlp.shared_expert.down_proj": "rowwise",
-    }
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -106,9 +111,14 @@ class VWNConfig(PreTrainedConfig):
     moe_router_topk_scaling_factor: float | None = None
     moe_router_enable_expert_bias: bool = False
     moe_router_dtype: str | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
 
     num_mtp_layers: int = 0
     mtp_hybrid_pattern: str = ""
+    mtp_loss_scaling_factor: float = 0.1
+
+    output_wide_hidden_states: bool = False
 
     vwn_m: int = 1
     vwn_n: int = 4
@@ -148,7 +158,19 @@ class VWNConfig(PreTrainedConfig):
             self.vwn_reduce_norm = n > 2 * m and n % m == 0
         self.vwn_ngrams = list(self.vwn_ngrams or ())
         self._check()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As every configuration's. One that names code (auto_map) is saved with it, and names only what is there."""
+        if names := getattr(self, "auto_map", None):
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            copy_code(folder)
+            # With "--" the code is a hub's and stays there.
+            here = {key: (folder / f"{name.split('.')[0]}.py").exists() for key, name in names.items()}
+            self.auto_map = {key: name for key, name in names.items() if "--" in name or here[key]}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def linear_divisor(self, fan_in: int) -> float:
         """What the stored deviation of W_expand or W_reduce, which sums over so many channels, is divided by."""
@@ -163,6 +185,22 @@ class VWNConfig(PreTrainedConfig):
     def qkv_bias(self) -> bool:
         """Whether the projections to Q, K and V have a bias."""
         return self.add_bias_linear or self.add_qkv_bias
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        # Of the modules that this model has.
+        def mlp(prefix: str) -> dict[str, str]:
+            gate = {f"{prefix}.gate_proj": "colwise"} if self.gated_mlp else {}
+            return gate | {f"{prefix}.up_proj": "colwise", f"{prefix}.down_proj": "rowwise"}
+
+        plan = _SPLIT_ATTENTION | (_SPLIT_NORMS if self.qk_layernorm else {})
+        if "-" in self.hybrid_pattern:
+            plan |= mlp("mlp")
+        if "E" in self.hybrid_pattern:
+            up = ("gate_up_proj", "packed_colwise") if self.gated_mlp else ("up_proj", "colwise")
+            plan |= {f"mlp.experts.{up[0]}": up[1]} | _SPLIT_EXPERTS
+            if self.shared_expert_intermediate_size:
+                plan |= mlp("mlp.shared_expert")
+        return {f"layers.*.{name}": how for name, how in plan.items()}
 
     def _check(self) -> None:
         m, n, attentions = self.vwn_m, self.vwn_n, self.hybrid_pattern.count("*")
@@ -228,6 +266,13 @@ class VWNConfig(PreTrainedConfig):
         for condition, sentence in wrong:
             if condition:
                 raise ValueError(sentence)
+
+
+def copy_code(folder: str | Path) -> None:
+    """Copy the files of code that lie beside this one, which a folder's own code may lie alone, into a folder."""
+    for file in (Path(__file__).with_name(name) for name in CODE):
+        if file.exists():
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 __all__ = ["VWNConfig"]

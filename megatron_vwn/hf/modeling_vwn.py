@@ -13,19 +13,25 @@ Learned A, B, S, W_expand and W_reduce are deviations from the paper's initial v
 sublayers the state is [batch, sequence, N * E].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,6 +47,21 @@ SINKHORN_ITERATIONS = 20
 NGRAM_PRIME = 2**31 - 1
 NGRAM_BASE = 1_103_515_245
 NO_TOKEN = -1
+# Of the token that an n-gram or a loss must not look at.
+NO_LABEL = -100
+# transformers 5.24 gave the cache another name; both are taken, and this one is handed on.
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+# Arguments that the model hands on to attention, or that the head's loss reads. Any other is refused: what is swallowed
+# may be a cache by its next name.
+HANDED_ON = {
+    *("output_attentions", "output_router_logits", "is_causal", "debug_io", "debug_io_dir", "prune_layers"),
+    *("num_items_in_batch", "shift_labels", "ignore_index"),
+    # Packed sequences, continuous batching, vLLM and SGLang.
+    *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("cache", "read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"),
+    *("logits_indices", "logits_processor_args", "attention_instances", "forward_batch"),
+}
+ENGINES = ("vllm", "sglang")
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -86,6 +107,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
+class _Undecayed(str):
+    """A name that transformers' Trainer, which searches names for "bias" and "norm", takes for a bias's."""
+
+    __slots__ = ()
+
+    def lower(self) -> str:
+        return "bias"
+
+
+class _Parameters(dict):
+    """Parameters by name, of which Trainer does not decay routing and scale: it goes by names, where Megatron spares
+    all one-dimensional parameters, and the names of a checkpoint do not change."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (_Undecayed(name) if name in ("routing", "scale") else name for name in super().__iter__())
+
+
 class VWNConnection(nn.Module):
     """What replaces the residual connection of one sublayer.
 
@@ -105,6 +143,7 @@ class VWNConnection(nn.Module):
         self.segment_size = config.hidden_size // self.m
         self.num_coefficients = 2 * self.m + self.num_carry
         # Flat as in Megatron, where one-dimensional parameters do not decay.
+        self._parameters = _Parameters()
         self.routing = nn.Parameter(torch.zeros(self.n * self.num_coefficients))
         if self.dynamic:
             self.scale = nn.Parameter(torch.zeros(self.n * self.num_coefficients))
@@ -119,8 +158,11 @@ class VWNConnection(nn.Module):
         identity_MM = identity_NN[: self.m, : self.m]
         return torch.cat([identity_NN[:, : self.m], identity_NN[:, : self.num_carry], tile(identity_MM, self.n)], -1)
 
-    def read(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The sublayer's input X [..., D], and what ``write`` wants back: A_carry [T, N, N or 0] and B^T [T, N, M]."""
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Read: the sublayer's input X [..., D], and what ``write`` wants: A_carry [T, N, N or 0] and B^T [T, N, M].
+
+        All parameters are used here: offloading brings those of a module to its device when its forward is called.
+        """
         with without_autocast(hidden_states.device):
             h_TNE = self._segments(hidden_states)
             coefficients_TNK = self._coefficients(h_TNE, hidden_states.dtype)
@@ -129,7 +171,7 @@ class VWNConnection(nn.Module):
             return x_TME.view(*hidden_states.shape[:-1], self.m * self.segment_size).to(hidden_states.dtype), kept
 
     def write(self, hidden_states: Tensor, output: Tensor, kept: list[Tensor]) -> Tensor:
-        """H' from the state that was read, the sublayer's output [..., D] and what ``read`` gave."""
+        """H' from the state that was read, the sublayer's output [..., D] and what reading gave."""
         with without_autocast(hidden_states.device):
             h_TNE = self._segments(hidden_states)
             y_TME = output.to(h_TNE.dtype).reshape(-1, self.m, self.segment_size)
@@ -211,15 +253,17 @@ class VWNNGramEmbedding(nn.Embedding):
         super().__init__(len(config.vwn_ngrams) * config.vwn_ngram_vocab, config.over_width)
         self.lengths, self.rows, self.document_end = config.vwn_ngrams, config.vwn_ngram_vocab, config.vwn_document_end
 
-    def forward(self, tokens: Tensor, count: int) -> Tensor:
+    def forward(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """Token ids [batch, h + count], NO_TOKEN where there is none, to embeddings [batch, count, N * E] of the last
-        ``count``; those before are only looked at."""
-        code = tokens + 1
+        ``count``; those before are only looked at. starts [batch or 1, count] marks tokens that nothing goes before."""
+        code, count = tokens + 1, starts.shape[1]
+        starts = F.pad(starts, (code.shape[1] - count, 0))
         codes, same_document = [code], torch.ones_like(code, dtype=torch.bool)
         for distance in range(1, max(self.lengths)):
             earlier = F.pad(code, (distance, 0))[:, : code.shape[1]]
-            # Once an end lies between, everything before it belongs to another document.
-            same_document = same_document & (earlier != self.document_end + 1)
+            # Once an end or a start lies between, everything before it belongs to another document.
+            started = F.pad(starts, (distance - 1, 0))[:, : code.shape[1]]
+            same_document = same_document & (earlier != self.document_end + 1) & ~started
             codes.append(earlier * same_document)
         total = 0
         for table, length in enumerate(self.lengths):
@@ -295,10 +339,10 @@ class VWNRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [batch, sequence] to two tensors [batch, 1, sequence, rotated] of x's dtype: cosines, and sines
-        with the signs that ``apply_rotary`` wants."""
+        """Positions [batch, sequence] to two tensors [batch, sequence, rotated] of x's dtype: cosines, and sines with
+        the signs that ``apply_rotary`` wants."""
         with torch.autocast(x.device.type, enabled=False):
-            angles = position_ids[:, None, :, None].float() * self.inv_freq.float().to(x.device)
+            angles = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -363,7 +407,6 @@ class VWNAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """[batch, sequence, D] to the same, and the attention weights where the implementation has them."""
@@ -373,8 +416,8 @@ class VWNAttention(nn.Module):
         value = self.v_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         if position_embeddings is not None:
             query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := kwargs.pop(CACHE, None)) is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -409,6 +452,13 @@ class VWNMLP(nn.Module):
         return self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
 
 
+def expert_scores(logits: Tensor, score_function: str) -> Tensor:
+    """Scores [..., experts] in fp32 at least."""
+    if score_function == "softmax":
+        return F.softmax(logits, dim=-1, dtype=torch.float32)
+    return logits.float().sigmoid() if score_function == "sigmoid" else F.softplus(logits.float()).sqrt()
+
+
 class VWNRouter(nn.Module):
     """Scores of all experts, and the chosen ones with their weights: Megatron's TopKRouter without its groups."""
 
@@ -431,12 +481,12 @@ class VWNRouter(nn.Module):
         dtype = self.dtype or x_TD.dtype
         logits = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.score_function == "softmax":
-            scores = F.softmax(logits, dim=-1, dtype=torch.float32) if self.pre_softmax else logits
+            scores = expert_scores(logits, "softmax") if self.pre_softmax else logits
             weights, indices = scores.topk(self.top_k, dim=-1)
             if not self.pre_softmax:
                 weights = F.softmax(weights, dim=-1, dtype=torch.float32)
         else:
-            scores = logits.float().sigmoid() if self.score_function == "sigmoid" else F.softplus(logits.float()).sqrt()
+            scores = expert_scores(logits, self.score_function)
             # The bias balances who is chosen and has no part in the weights.
             choice = scores if self.expert_bias is None else scores + self.expert_bias.float()
             indices = choice.topk(self.top_k, dim=-1).indices
@@ -542,7 +592,7 @@ class VWNLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: dict[str, Tensor] | None = None, **kwargs) -> Tensor:
         """The state [batch, sequence, N * E] to the next."""
-        x, kept = self.connection.read(hidden_states)
+        x, kept = self.connection(hidden_states)
         # The stream may be fp32 around a model of lower precision.
         x = self.input_layernorm(x.to(self.input_layernorm.weight.dtype))
         if self.layer_type is None:
@@ -601,6 +651,13 @@ class VWNMultiTokenPrediction(nn.Module):
 # ------------------------------------------------------------------------------------------------ models
 
 
+class _HasExperts:
+    """A method that says so of a model by its configuration, and no of a class, which cannot know."""
+
+    def __get__(self, model: PreTrainedModel | None, _: type) -> Callable[[], bool]:
+        return lambda: model is not None and "E" in model.config.hybrid_pattern
+
+
 class VWNPreTrainedModel(PreTrainedModel):
     """What transformers wants to know."""
 
@@ -608,19 +665,19 @@ class VWNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["VWNLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012
-        "router_logits": OutputRecorder(VWNRouter, index=0),
-        "hidden_states": VWNLayer,
-        "attentions": VWNAttention,
-    }
-    # With num_mtp_layers = 0 the further predictions of a checkpoint are left in it.
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?mtp\."]  # noqa: RUF012
+    _can_record_outputs = {"router_logits": OutputRecorder(VWNRouter, index=0), "attentions": VWNAttention}  # noqa: RUF012
+
+    def __init__(self, config: VWNConfig):
+        super().__init__(config)
+        self._keys_to_ignore_on_load_unexpected = [r"^(model\.)?mtp\."]
+
+    _can_set_experts_implementation = _HasExperts()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -645,81 +702,83 @@ class VWNPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.expert_bias)
 
 
+@dataclass
+class VWNModelOutput(MoeModelOutputWithPast):
+    """With the over-width state [batch, sequence, N * E] behind the last layer, where a head has asked for it."""
+
+    stream: Tensor | None = None
+
+
 class VWNModel(VWNPreTrainedModel):
     """The decoder, from token ids to the head's input [batch, sequence, hidden_size]."""
 
     def __init__(self, config: VWNConfig):
         super().__init__(config)
-        table_width = config.over_width if config.vwn_embedding == "wide" else config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, table_width, config.pad_token_id)
+        self.table_width = config.over_width if config.vwn_embedding == "wide" else config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, self.table_width, config.pad_token_id)
         learned = config.position_embedding_type == "learned_absolute"
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, table_width) if learned else None
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, self.table_width) if learned else None
         self.embed_expansion = VWNExpansion(config) if config.vwn_embedding == "projected" else None
         self.embed_ngrams = VWNNGramEmbedding(config) if config.vwn_ngrams else None
         self.layers = build_layers(config, config.hybrid_pattern)
+        # Sublayers behind which what others call a layer ends: those before the next attention.
+        self.layer_ends = {i - 1 for i, symbol in enumerate(config.hybrid_pattern) if symbol == "*"}
+        self.layer_ends -= {config.hybrid_pattern.index("*") - 1}
         self.reduction = VWNReduction(config)
         self.norm = backbone_norm(config, config.hidden_size)
         self.rotary_emb = VWNRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
-        attentions = (config.hybrid_pattern.count("*"), config.mtp_hybrid_pattern.count("*"))
-        self.mtp = nn.ModuleList(
-            VWNMultiTokenPrediction(config, attentions[0] + depth * attentions[1])
-            for depth in range(config.num_mtp_layers)
-        )
         self.gradient_checkpointing = False
         self.post_init()
 
-    def over_width_embedding(
-        self, inputs_embeds: Tensor, position_ids: Tensor, expansion: VWNExpansion | None = None
-    ) -> Tensor:
-        """Rows of the table to a state [batch, sequence, N * E]: the trunk's, or that of tokens ahead."""
-        if self.embed_positions is not None:
-            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
-        if self.config.fp32_residual_connection:
-            inputs_embeds = inputs_embeds.float()
-        if self.config.vwn_embedding == "wide":
-            return inputs_embeds
-        if expansion is not None:
-            return expansion(inputs_embeds)
-        return tile(inputs_embeds.unflatten(-1, (self.config.vwn_m, -1)), self.config.vwn_n).flatten(-2)
+    def table_rows(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Rows of the table with those of their positions, where these are learned."""
+        return inputs_embeds if self.embed_positions is None else inputs_embeds + self.embed_positions(position_ids)
 
-    def run_layers(
+    def widen(self, rows: Tensor, expansion: VWNExpansion | None) -> Tensor:
+        """Rows [..., table_width] to a state [..., N * E]: the trunk's, or that of tokens ahead."""
+        if self.config.fp32_residual_connection:
+            rows = rows.float()
+        if self.config.vwn_embedding == "wide":
+            return rows
+        if expansion is not None:
+            return expansion(rows)
+        return tile(rows.unflatten(-1, (self.config.vwn_m, -1)), self.config.vwn_n).flatten(-2)
+
+    def layer_arguments(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | dict | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        ngram_tokens: Tensor | None,
+        cache: Cache | None,
         **kwargs,
-    ) -> tuple[Tensor, dict]:
-        """All sublayers of the trunk: the last over-width state, and the arguments that every sublayer got."""
+    ) -> dict:
+        """What every sublayer is given beside the state."""
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        arguments = {"position_ids": position_ids, CACHE: cache}
         if not isinstance(attention_mask, dict):  # generate() makes the masks itself for a static cache
-            arguments = {
+            given = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
+                **arguments,
             }
-            attention_mask = {kind: MASKS[kind](**arguments) for kind in sorted(set(self.config.layer_types))}
-        layer_arguments = {
+            attention_mask = {kind: MASKS[kind](**given) for kind in sorted(set(self.config.layer_types))}
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            cos_and_sin = self.rotary_emb(inputs_embeds, position_ids)
+            position_embeddings = tuple(each.unsqueeze(1) for each in cos_and_sin)  # for all heads
+        # Last: what older versions call a cache besides is one of their engine's, for its attention.
+        return arguments | {
             "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "position_embeddings": None,
+            "position_embeddings": position_embeddings,
             **kwargs,
         }
-        if self.rotary_emb is not None:
-            layer_arguments["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids)
-        hidden_states = self.over_width_embedding(inputs_embeds, position_ids, self.embed_expansion)
-        if ngram_tokens is not None:
-            ngrams = self.embed_ngrams(ngram_tokens, hidden_states.shape[1])
-            hidden_states = hidden_states + ngrams.to(hidden_states.dtype)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **layer_arguments)
-        return hidden_states, layer_arguments
+
+    def read_out(self, hidden_states: Tensor) -> Tensor:
+        """What is shown of a state: its reduction [batch, sequence, D], or itself."""
+        return hidden_states if self.config.output_wide_hidden_states else self.reduction(hidden_states)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -732,41 +791,105 @@ class VWNModel(VWNPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         ngram_tokens: Tensor | None = None,
+        cache: Cache | None = None,
+        output_hidden_states: bool | None = None,
+        output_stream: bool = False,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> VWNModelOutput:
         """As every decoder of transformers; inputs_embeds are rows of embed_tokens, before their expansion.
 
         A model with n-grams wants input_ids and, once a cache holds tokens, what ``generate`` passes: ngram_tokens
         [batch, h + sequence], the ids of these tokens and of some before, NO_TOKEN where there is none.
+
+        hidden_states are num_hidden_layers + 1 tensors [batch, sequence, D]: the input of the layers; the state behind
+        each but the last, that is before the next attention; last_hidden_state. The input is the rows of the table
+        where these are D wide. States are shown by the reduction of the last one, before the final norm, and nothing is
+        computed from what is shown. With output_wide_hidden_states in the configuration all are the states themselves,
+        [batch, sequence, N * E], the last one before its reduction; output_stream returns that one as ``stream``.
+
+        Raises:
+            ValueError: one sentence about arguments that are not known or cannot be followed.
         """
+        cache, kwargs = known_arguments(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if self.embed_ngrams is not None and ngram_tokens is None:
-            ngram_tokens = self._ngram_tokens(
-                input_ids, attention_mask, past_key_values, in_engine="attention_instances" in kwargs
-            )
-        hidden_states, _ = self.run_layers(
-            inputs_embeds, attention_mask, position_ids, past_key_values, ngram_tokens, **kwargs
-        )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(self.reduction(hidden_states)), past_key_values=past_key_values
+            ngram_tokens = self._ngram_tokens(input_ids, attention_mask, cache, kwargs)
+        arguments = self.layer_arguments(inputs_embeds, attention_mask, position_ids, cache, **kwargs)
+        rows = self.table_rows(inputs_embeds, arguments["position_ids"])
+        stream = self.widen(rows, self.embed_expansion)
+        if ngram_tokens is not None:
+            stream = stream + self.embed_ngrams(ngram_tokens, sequence_starts(**arguments)).to(stream.dtype)
+        shown = None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            narrow = not self.config.output_wide_hidden_states and rows.shape[-1] == self.config.hidden_size
+            shown = [rows if narrow else self.read_out(stream)]
+        for index, layer in enumerate(self.layers):
+            stream = layer(stream, **arguments)
+            if shown is not None and index in self.layer_ends:
+                shown.append(self.read_out(stream))
+        last = self.norm(self.reduction(stream))
+        if shown is not None:
+            shown = (*shown, stream if self.config.output_wide_hidden_states else last)
+        return VWNModelOutput(
+            last_hidden_state=last, hidden_states=shown, stream=stream if output_stream else None, **{CACHE: cache}
         )
 
     def _ngram_tokens(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, past: Cache | None, in_engine: bool
+        self, input_ids: Tensor | None, attention_mask: Tensor | dict | None, cache: Cache | None, others: dict
     ) -> Tensor:
         """The tokens of whole sequences; of anything else a wrong n-gram would go unnoticed."""
         if input_ids is None:
             raise ValueError("n-grams are of tokens: give input_ids instead of inputs_embeds.")
-        if past is not None and past.get_seq_length() > 0:
-            raise ValueError("n-grams reach back into the cache: give ngram_tokens too, as generate() does.")
-        if in_engine or self.config._attn_implementation in ("vllm", "sglang"):
+        if "attention_instances" in others or "read_index" in others or self.config._attn_implementation in ENGINES:
             raise ValueError("n-grams need the tokens of each request, which this engine keeps: use generate().")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("n-grams reach back into the cache: give ngram_tokens too, as generate() does.")
+        if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.dim() != 2):
+            raise ValueError(
+                "n-grams cannot tell from such a mask where a sequence begins: give attention_mask as [batch, "
+                "sequence], or ngram_tokens too."
+            )
         return mask_tokens(input_ids, attention_mask)
+
+
+# A head looks its decoder up; the class of a folder's own code is known to nobody else.
+AutoModel.register(VWNConfig, VWNModel, exist_ok=True)
+
+
+def known_arguments(past_key_values: Cache | None, cache: object, others: dict) -> tuple[Cache | None, dict]:
+    """The cache, by whichever name it came, and what is handed on; no argument is swallowed.
+
+    Raises:
+        ValueError: for an argument that is not known, or two caches.
+    """
+    if cache is not None and CACHE == "past_key_values" and not isinstance(cache, Cache):
+        cache, others = None, others | {"cache": cache}  # continuous batching's, for its attention alone
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them.")
+    # Tokenizers send the types of tokens unasked, and they mean nothing here.
+    given = {name: value for name, value in others.items() if value is not None and name != "token_type_ids"}
+    if unknown := [name for name in given if name not in HANDED_ON]:
+        raise ValueError(f"this model has no argument {', '.join(unknown)}: leave it out, or install a newer version.")
+    return (past_key_values if cache is None else cache), given
+
+
+def sequence_starts(
+    position_ids: Tensor, seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, **_
+) -> Tensor:
+    """Which tokens begin another of the sequences that are packed in a row, [batch or 1, tokens]: where positions do
+    not go on by one, by which attention tells them apart too, or where a collator says so."""
+    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+    if seq_idx is not None:
+        starts = starts | F.pad(seq_idx.diff(dim=-1) != 0, (1, 0))
+    if cu_seq_lens_q is not None:
+        ends = torch.zeros(starts.shape[1] + 1, dtype=torch.bool, device=starts.device)
+        starts = starts | ends.index_fill(0, cu_seq_lens_q[1:].to(starts.device, torch.long), True)[:-1]
+    return starts
 
 
 def mask_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -776,15 +899,52 @@ def mask_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, NO_TOKEN)
 
 
+def load_balancing_loss(
+    router_logits: tuple[Tensor, ...], config: VWNConfig, attention_mask: Tensor | None = None
+) -> Tensor:
+    """That of transformers' models with experts, on the scores by which this model's router chooses: the number of
+    experts times the sum over them of their choices per token times their mean score, over all tokens of all layers
+    [layers][T, experts] that attention_mask [batch, sequence] leaves. num_experts_per_tok where all are alike."""
+    device = router_logits[0].device
+    logits_TX = torch.cat([each.to(device) for each in router_logits]).float()
+    scores_TX = expert_scores(logits_TX, config.moe_router_score_function)
+    scores_TX = scores_TX / (scores_TX.sum(-1, keepdim=True) + 1e-20)
+    chosen_TX = torch.zeros_like(scores_TX).scatter_(1, scores_TX.topk(config.num_experts_per_tok).indices, 1.0)
+    counted_T1 = scores_TX.new_ones(len(scores_TX), 1)
+    if attention_mask is not None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+        sequence = len(router_logits[0]) // len(attention_mask)
+        mask = attention_mask[:, -sequence:].reshape(-1, 1).to(counted_T1)
+        counted_T1 = mask.repeat(len(router_logits), 1)
+    tokens = counted_T1.sum()
+    shares_X, means_X = (chosen_TX * counted_T1).sum(0) / tokens, (scores_TX * counted_T1).sum(0) / tokens
+    return config.num_experts * (shares_X * means_X).sum()
+
+
 class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
-    """The decoder with its head."""
+    """The decoder with its head, and with the further predictions of the checkpoint.
+
+    These are trained with the rest: in training mode the mean of their losses, times mtp_loss_scaling_factor, is added
+    to ``loss``, as it is to Megatron's gradients. With a factor of 0 they stay as they are; with num_mtp_layers=0,
+    mtp_hybrid_pattern="" they are left out.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: VWNConfig):
         super().__init__(config)
+        if config.num_mtp_layers:
+            self._keys_to_ignore_on_load_unexpected = None
         self.model = VWNModel(config)
+        # Here, because no other head trains them.
+        attentions = (config.hybrid_pattern.count("*"), config.mtp_hybrid_pattern.count("*"))
+        self.model.mtp = nn.ModuleList(
+            VWNMultiTokenPrediction(config, attentions[0] + depth * attentions[1])
+            for depth in range(config.num_mtp_layers)
+        )
+        if not config.mtp_loss_scaling_factor:
+            self.model.mtp.requires_grad_(False)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -800,49 +960,78 @@ class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits of the next token and, with labels, their loss; load balancing and further predictions are not in
-        it."""
+        """Logits of the next token and, with labels, their loss; further predictions are in that of training alone (see
+        the class). With output_router_logits there is ``aux_loss``, the balance of experts, and router_aux_loss_coef
+        times as much is added to ``loss``."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        further = labels is not None and self.training and self.config.mtp_loss_scaling_factor and len(self.model.mtp)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        if further:
+            self._check_further(cache if past_key_values is None else past_key_values, kwargs)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
+            output_router_logits=output_router_logits,
+            output_stream=bool(further),
+            **given,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        if further:
+            loss = loss + self._further_loss(outputs.stream, input_ids, inputs_embeds, labels, **given, **kwargs)
+        if output_router_logits and outputs.router_logits:
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: outputs.get(CACHE)},
         )
 
-    def generate(self, *args, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """As every model's; what connections make of their parameters alone is kept while it runs, and no longer."""
+        if kwargs.get("use_mtp", getattr(generation_config or self.generation_config, "use_mtp", None)):
+            raise ValueError(
+                "use_mtp drafts with further predictions as transformers builds them, and this model's are others: "
+                "leave it out; mtp_logits() gives theirs."
+            )
         connections = [module for module in self.modules() if isinstance(module, VWNConnection)]
         try:
             for connection in connections:
                 connection.prepared = ()
-            return super().generate(*args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
         finally:
             for connection in connections:
                 connection.prepared = None
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs
+    ) -> dict:
         """As every model's; with n-grams also the tokens that the new ones follow, always equally many."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if self.config.vwn_ngrams:
-            cached, new = kwargs.get("past_key_values"), inputs["input_ids"].shape[1]
+            if inputs_embeds is not None:
+                raise ValueError("n-grams are of tokens: give generate() their ids instead of inputs_embeds.")
+            cached, new = inputs.get(CACHE), inputs["input_ids"].shape[1]
             if cached is not None and int(cached.get_seq_length()) != input_ids.shape[1] - new:
                 raise ValueError("n-grams look back: give generate() the whole sequence, and no prefill_chunk_size.")
             before = max(self.config.vwn_ngrams) - 1
@@ -855,18 +1044,70 @@ class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
 
         The last k + 1 positions have no token ahead to be told and are meaningless, as in Megatron.
         """
+        stream = self.model(input_ids, attention_mask, use_cache=False, output_stream=True).stream
+        return [logits for logits, _ in self._further(stream, input_ids, None, attention_mask, None)]
+
+    def _further(
+        self,
+        stream: Tensor,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | dict | None,
+        position_ids: Tensor | None,
+        **kwargs,
+    ) -> Iterator[tuple[Tensor, dict]]:
+        """Logits of each further prediction from the trunk's last state, and the arguments of its layers."""
         model = self.model
-        ngram_tokens = None if model.embed_ngrams is None else mask_tokens(input_ids, attention_mask)
-        embeddings = model.embed_tokens(input_ids)
-        hidden_states, arguments = model.run_layers(embeddings, attention_mask, None, None, ngram_tokens)
+        rows = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        arguments = model.layer_arguments(rows, attention_mask, position_ids, None, **kwargs)
         position_ids = arguments["position_ids"]
-        logits = []
+        # Megatron puts token 0 behind the last.
+        behind = model.embed_tokens(position_ids.new_zeros(len(rows), 1)).to(rows.dtype)
         for mtp in model.mtp:
-            input_ids, position_ids = F.pad(input_ids[:, 1:], (0, 1)), F.pad(position_ids[:, 1:], (0, 1))
-            ahead = model.over_width_embedding(model.embed_tokens(input_ids), position_ids, mtp.expansion)
-            hidden_states, prediction = mtp(hidden_states, ahead, **arguments)
-            logits.append(self.lm_head(prediction))
-        return logits
+            rows, position_ids = torch.cat([rows[:, 1:], behind], dim=1), F.pad(position_ids[:, 1:], (0, 1))
+            ahead = model.widen(model.table_rows(rows, position_ids), mtp.expansion)
+            stream, prediction = mtp(stream, ahead, **arguments)
+            yield self.lm_head(prediction), arguments
+
+    def _check_further(self, cache: Cache | None, others: dict) -> None:
+        if (cache is not None and cache.get_seq_length() > 0) or others.get("shift_labels") is not None:
+            raise ValueError(
+                "further predictions are trained on whole sequences, without a cache and with labels alone: set "
+                "mtp_loss_scaling_factor to 0."
+            )
+
+    def _further_loss(
+        self, stream: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor, **kwargs
+    ) -> Tensor:
+        """The factor times the mean over depths of their loss; labels do not look into another packed sequence."""
+        kwargs = {name: value for name, value in kwargs.items() if name != "shift_labels"}
+        losses = []
+        for depth, (logits, arguments) in enumerate(self._further(stream, input_ids, inputs_embeds, **kwargs)):
+            shift, length = depth + 2, labels.shape[1]
+            sequence = sequence_starts(**arguments).cumsum(-1)
+            ahead = F.pad(labels[:, shift:], (0, min(shift, length)), value=NO_LABEL)
+            same = F.pad(sequence[:, shift:], (0, min(shift, length)), value=-1) == sequence
+            shifted = ahead.masked_fill(~same.to(ahead.device), NO_LABEL)
+            losses.append(
+                self.loss_function(
+                    logits=logits, labels=None, vocab_size=self.vocab_size, **(kwargs | {"shift_labels": shifted})
+                )
+            )
+        return self.config.mtp_loss_scaling_factor * torch.stack(losses).mean()
 
 
-__all__ = ["VWNForCausalLM", "VWNModel", "VWNPreTrainedModel"]
+class VWNForSequenceClassification(GenericForSequenceClassification, VWNPreTrainedModel):
+    """A class of the last token of each sequence that is no padding."""
+
+
+class VWNForTokenClassification(GenericForTokenClassification, VWNPreTrainedModel):
+    """A class of each token."""
+
+
+__all__ = [
+    "VWNForCausalLM",
+    "VWNForSequenceClassification",
+    "VWNForTokenClassification",
+    "VWNModel",
+    "VWNPreTrainedModel",
+]

@@ -44,7 +44,7 @@ def test_output_and_gradients(m, n, kind, dtype):
     p = connection(m, n, SEGMENT, **KINDS[kind], dtype=dtype)
     h, y = state_and_output(7, p, SEGMENT, dtype=dtype)
     module = module_of(p, config_of(m, n, **KINDS[kind]))
-    x, kept = module.read(h.flatten(1))
+    x, kept = module(h.flatten(1))
     written = module.write(h.flatten(1), y, kept).view_as(h)
     inputs = {"h": h, "y": y, **dict(module.named_parameters())}
     actual = {"x": x, "h'": written, **gradients([x, written], inputs)}
@@ -69,7 +69,7 @@ def test_bf16_is_that_of_training(kind):
     h, y = (t.detach() for t in state_and_output(50, p, 64, dtype=torch.bfloat16))
     config = VWNConfig(**{**config_of(2, 6, **KINDS[kind]).to_dict(), "hidden_size": 128})
     module = module_of(p, config)
-    x, kept = module.read(h.flatten(1))
+    x, kept = module(h.flatten(1))
     written = module.write(h.flatten(1), y, kept)
     assert x.dtype == written.dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in kept)
     x_training, gates = eager.read(h, p)
@@ -81,9 +81,9 @@ def test_autocast_leaves_the_stream_alone():
     p = connection(2, 6, SEGMENT, dtype=torch.float32)
     h, y = (t.detach() for t in state_and_output(5, p, SEGMENT, dtype=torch.float32))
     module = module_of(p, config_of(2, 6))
-    x, kept = module.read(h.flatten(1))
+    x, kept = module(h.flatten(1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        x_autocast, kept_autocast = module.read(h.flatten(1))
+        x_autocast, kept_autocast = module(h.flatten(1))
         written = module.write(h.flatten(1), y, kept_autocast)
     assert torch.equal(x, x_autocast) and torch.equal(written, module.write(h.flatten(1), y, kept))
 
@@ -91,7 +91,7 @@ def test_autocast_leaves_the_stream_alone():
 def test_a_fresh_connection_is_a_residual_connection():
     module = hf.VWNConnection(config_of(2, 6))
     h, y = torch.randn(3, 6 * SEGMENT), torch.randn(3, 2 * SEGMENT)
-    x, kept = module.read(h)
+    x, kept = module(h)
     assert torch.equal(x, h[:, : 2 * SEGMENT])
     assert torch.equal(module.write(h, y, kept), h + y.repeat(1, 3))
 

@@ -58,6 +58,7 @@ def test_logits(name, megatron):
 def test_bf16(name, megatron):
     expected = megatron["results"][f"{name}, bf16"]
     model = model_of(expected["parameters"], VWNConfig(**MODELS[name]), torch.bfloat16)
+    model.config.output_wide_hidden_states = True
     actual = [model(megatron["tokens"]).logits, *model.mtp_logits(megatron["tokens"])]
     assert all(logits.dtype == torch.bfloat16 for logits in actual)
     stream = model(megatron["tokens"], output_hidden_states=True).hidden_states[0]

@@ -73,7 +73,7 @@ def test_checkpoints_are_those_of_the_hugging_face_model(kind):
     ours = module_of(p, **options)
     theirs.load_state_dict(ours.state_dict())
     h, y = (t.detach().flatten(1) for t in state_and_output(5, p, SEGMENT))
-    (x, deviations), (our_x, _) = theirs.read(h), ours.read(h)
+    (x, deviations), (our_x, _) = theirs(h), ours.read(h)
     torch.testing.assert_close(our_x, x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(write(ours, h, y), theirs.write(h, y, deviations), rtol=1e-12, atol=1e-12)
     again = module_of(connection(2, 6, SEGMENT, **options, seed=3), **options)
