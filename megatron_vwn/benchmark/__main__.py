@@ -23,11 +23,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|torc
 from tqdm import tqdm  # noqa: E402
 
 from megatron_vwn.atomic import write_json  # noqa: E402
-from megatron_vwn.benchmark import machine, report  # noqa: E402
+from megatron_vwn.benchmark import calibration, machine, report  # noqa: E402
 from megatron_vwn.benchmark import table as _benchmark_table  # noqa: E402
 from megatron_vwn.cli import exit_code  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
-from megatron_vwn.ops.costs import OPS, Op, Width  # noqa: E402
+from megatron_vwn.ops.costs import OPS, PASSES, Op, Width  # noqa: E402
 from megatron_vwn.planner import kernel_times  # noqa: E402
 
 PROGRAM = "vwn-benchmark"
@@ -154,6 +154,10 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     print(report.table(predict.HEADER, predict.table_rows(results)))
     print(*predict.assumptions(names), sep="\n")
     settings = {"calibration": predict.CALIBRATION, "gpus": {name: vars(GPUS[name]) for name in names}}
+    settings["factors"] = {
+        name: {direction: found.mean for direction in PASSES if (found := calibration.factor(name, direction))}
+        for name in names
+    }
     code = _finish(path, "predict", torch.device("cpu"), argv, settings, results, options)
     if options.for_planner and code == 0:
         kernel_times.write(json.loads(path.read_text()))
@@ -267,7 +271,25 @@ def _table(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
     return 0
 
 
-_MODES = {"kernels": _kernels, "layer": _steps, "model": _steps, "tune": _tune, "table": _table}
+def _results(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    from megatron_vwn.benchmark import results
+
+    content = results.read(options.file)
+    print(results.markdown(content), end="")
+    if options.commit_results:
+        for path in results.commit(content):
+            print(f"{path} is written")
+    return 0
+
+
+_MODES = {
+    "kernels": _kernels,
+    "layer": _steps,
+    "model": _steps,
+    "tune": _tune,
+    "table": _table,
+    "results": _results,
+}
 
 
 def _finish(path: Path, mode: str, device, argv, settings: dict, results: list[dict], options) -> int:
@@ -371,6 +393,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0")
+    return minutes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
@@ -420,7 +452,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _sizes(tune, [2048], "8192")
     tune.add_argument("--predict", metavar="GPU", help="ask the model of an h200 or h100, and write nothing")
-    tune.add_argument("--minutes", type=_positive, default=15, metavar="M", help="at most (default: %(default)s)")
+    tune.add_argument("--minutes", type=_minutes, default=15, metavar="M", help="at most (default: %(default)s)")
 
     table = _mode(modes, "table", "what r costs: floors, predictions and committed measurements, as Markdown")
     for field, value in vars(_benchmark_table.Rates()).items():
@@ -432,6 +464,14 @@ def _parser() -> argparse.ArgumentParser:
             help="default: %(default)g" if isinstance(value, float) else "default: %(default)s",
         )
     table.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR", help="committed results")
+
+    results = _mode(modes, "results", "what tests/gpu/run.sh measured, as Markdown tables")
+    results.add_argument("file", type=Path, metavar="FILE", help="its results.json")
+    results.add_argument(
+        "--commit-results",
+        action="store_true",
+        help="keep them in megatron_vwn/benchmark/results, and calibrate --predict with them",
+    )
     return parser
 
 
