@@ -15,6 +15,7 @@ LONGEST_FIRST = [
     "ops/test_kernels.py",
     "checkpoint",
     "examples/test_recipes_elastic.py",
+    "benchmark/test_gpu_hour.py",
     "training/test_kernels_in_training.py",
     "examples/test_recipes_launch.py",
     "data/test_dali_data.py",

@@ -129,7 +129,7 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
     import torch
 
-    from megatron_vwn.benchmark import predict
+    from megatron_vwn.benchmark import calibration, predict
     from megatron_vwn.benchmark.model import GPUS
     from megatron_vwn.benchmark.operations import Kernels
 
@@ -144,6 +144,7 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     print(report.table(predict.HEADER, predict.table_rows(results)))
     print(*predict.assumptions(names), sep="\n")
     settings = {"calibration": predict.CALIBRATION, "gpus": {name: vars(GPUS[name]) for name in names}}
+    settings["factors"] = {name: calibration.means(name) for name in names}
     code = _finish(path, "predict", torch.device("cpu"), argv, settings, results, options)
     if options.for_planner and code == 0:
         kernel_times.write(json.loads(path.read_text()))
@@ -264,7 +265,25 @@ def _table(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int
     return 0
 
 
-_MODES = {"kernels": _kernels, "layer": _steps, "model": _steps, "tune": _tune, "table": _table}
+def _results(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
+    from megatron_vwn.benchmark import results
+
+    content = results.read(options.file)
+    print(results.markdown(content), end="")
+    if options.commit_results:
+        for path in results.commit(content):
+            print(f"{path} is written")
+    return 0
+
+
+_MODES = {
+    "kernels": _kernels,
+    "layer": _steps,
+    "model": _steps,
+    "tune": _tune,
+    "table": _table,
+    "results": _results,
+}
 
 
 def _finish(path: Path, mode: str, device, argv, settings: dict, results: list[dict], options) -> int:

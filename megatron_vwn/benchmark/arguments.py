@@ -21,6 +21,7 @@ examples
   vwn-benchmark model --vwn-m 4 --vwn-n 16 --hidden-size 1024 --hybrid-layer-pattern '*-*-*-*-' ...
   vwn-benchmark tune --pairs 4,32 --minutes 10
   vwn-benchmark table
+  vwn-benchmark results results/gpu-hour/results.json
 
 layer and model take Megatron's flags; those they are not given come from --recipe, or are those of a small layer
 without a GPU and of one of D = 2048 with one. Results are written as JSON, with hardware, versions and commit.
@@ -45,6 +46,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0")
+    return minutes
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -97,7 +108,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     _sizes(tune, [2048], "8192")
     tune.add_argument("--predict", metavar="GPU", help="ask the model of an h200 or h100, and write nothing")
-    tune.add_argument("--minutes", type=_positive, default=15, metavar="M", help="at most (default: %(default)s)")
+    tune.add_argument("--minutes", type=_minutes, default=15, metavar="M", help="at most (default: %(default)s)")
 
     table = _mode(modes, "table", "what r costs: floors, predictions and committed measurements, as Markdown")
     for field, value in vars(_benchmark_table.Rates()).items():
@@ -109,6 +120,14 @@ def parser(description: str) -> argparse.ArgumentParser:
             help="default: %(default)g" if isinstance(value, float) else "default: %(default)s",
         )
     table.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR", help="committed results")
+
+    results = _mode(modes, "results", "what tests/gpu/run.sh measured, as Markdown tables")
+    results.add_argument("file", type=Path, metavar="FILE", help="its results.json")
+    results.add_argument(
+        "--commit-results",
+        action="store_true",
+        help="keep them in megatron_vwn/benchmark/results, and calibrate --predict with them",
+    )
     return parser
 
 

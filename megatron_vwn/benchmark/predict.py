@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from megatron_vwn.benchmark import calibration
 from megatron_vwn.benchmark import compile as compiling
 from megatron_vwn.benchmark.compile import Launch
 from megatron_vwn.benchmark.model import CALIBRATION, GPUS, Gpu, Kernel, predict
@@ -144,10 +145,13 @@ def _of_a_pass(row: dict, kernels, library: list[Library], gpu: Gpu, op, width: 
         flop_rate=gpu.matrix,
         element_bytes=dtype.itemsize,
     )
+    measured = calibration.factor(row["gpu"], row["pass"])
+    modelled, seconds = seconds, seconds * (measured.mean if measured else 1)
     whole = {
         **row,
         "kernel": WHOLE,
         "seconds": seconds,
+        "modelled_seconds": modelled,
         "floor_seconds": floor,
         "share_of_floor": floor / seconds,
         "traffic_bytes": moved,
@@ -163,6 +167,7 @@ def assumptions(names: list[str]) -> list[str]:
     lines = [f"A MODEL, not a measurement; calibrated with {CALIBRATION}. Read every time as +-1.5 times."]
     for name in names:
         gpu = GPUS[name]
+        lines += filter(None, [calibration.said(name)])
         lines.append(
             f"{name}: {gpu.multiprocessors} multiprocessors at {gpu.hertz / 1e9:g} GHz, DRAM {gpu.dram / 1e12:g} TB/s "
             f"(a copy {gpu.dram_share:.0%}, libraries {gpu.library_share:.0%}), L2 {gpu.l2 / 1e12:g} TB/s, products "

@@ -70,6 +70,11 @@ def gpus() -> list[str]:
     return sorted({row["gpu"] for row in _content()["passes"]})
 
 
+def factors() -> dict[str, dict[str, float]]:
+    """By kind of GPU and pass, the measured factors (``benchmark.calibration``) that are in the file's times."""
+    return _content().get("factors", {})
+
+
 def source() -> str:
     """Where the predictions come from, in one line."""
     content = _content()
