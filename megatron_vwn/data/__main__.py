@@ -155,16 +155,9 @@ def _progress(files: list[Path], task: str) -> tqdm:
 
 
 def _train(files: list[Path], form: Format, arguments: argparse.Namespace) -> Trained:
-    split = arguments.validation_fraction, arguments.seed
+    settings = arguments.validation_fraction, arguments.seed, arguments.train_tokenizer
     with _progress(files, "tokenizer") as progress:
-        return call_apart(
-            train_tokenizer,
-            files,
-            form,
-            *split,
-            arguments.train_tokenizer,
-            progress=lambda count: progress.update(count),
-        )
+        return call_apart(train_tokenizer, files, form, *settings, progress=progress.update)
 
 
 def _tokenise(

@@ -116,7 +116,7 @@ def load(folder: Path) -> LoadedTokenizer:
     return LoadedTokenizer(loaded, end)
 
 
-def one_line(error: Exception, most: int = 200) -> str:
+def one_line(error: BaseException | str, most: int = 200) -> str:
     """What a library says of a fault, without line ends, full stop and excess."""
     words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return words if len(words) <= most else f"{words[:most]}..."

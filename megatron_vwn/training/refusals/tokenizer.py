@@ -24,13 +24,13 @@ def build_tokenizer(args: argparse.Namespace) -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are no Exception
-        path, own = args.tokenizer_model, "without auto_map in its tokenizer_config.json"
+        path = args.tokenizer_model
         if not args.trust_remote_code and _has_code(path):
             raise VirtualWidthError(
-                f"--tokenizer-model {path} names code of its own, which is not run: give a folder {own}, or "
-                "--trust-remote-code if you trust that code."
+                f"--tokenizer-model {path} names code of its own, which is not run: give a folder without auto_map in "
+                "its tokenizer_config.json, or --trust-remote-code if you trust that code."
             ) from error
-        reason = one_line(error).rpartition(" Exception: ")[2]
+        reason = one_line(str(error).rpartition(" Exception: ")[2] or error)
         raise VirtualWidthError(
             f"--tokenizer-type {args.tokenizer_type} cannot load --tokenizer-model {path} ({reason}): give another."
         ) from error
