@@ -353,9 +353,12 @@ def test_what_waits_for_a_killed_rank_ends_with_it(monkeypatch):
     os.kill(rank, signal.SIGKILL)
     os.waitpid(rank, 0)
     end = time.monotonic() + 60
-    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    try:
+        while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        server.kill()
 
 
 def test_the_persistent_writer_finds_its_loop_where_it_is_spawned():
