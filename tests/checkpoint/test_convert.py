@@ -83,6 +83,8 @@ def test_model_card_and_arguments(saves):
     assert "r = 3" in card and "1 x `*E`" in card
     assert card.count("trust_remote_code=True)") + card.count("trust_remote_code=True,") == 2
     assert "executes the code" in card
+    lines = [line for line in card.splitlines() if "from_pretrained(" in line]
+    assert len(lines) == 2 and all("trust_remote_code=True" in line for line in lines) and "executes the code" in card
     assert len(card.splitlines()) < 40 and "`megatron_arguments.json`" in card
     arguments = json.loads((folder / "megatron_arguments.json").read_text())
     assert arguments["hybrid_layer_pattern"] == "*E|*E/*E" and "params_dtype" not in arguments
