@@ -21,7 +21,6 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
-from megatron_vwn.megatron_fixes.pickles import refusal_in
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
 from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
@@ -29,7 +28,7 @@ from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width,
 from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_from_args
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
-from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
+from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint, refusal_of_load
 from megatron_vwn.training.refusals.kernels import describe_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.refuse import (
@@ -59,8 +58,8 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
         this.train()
     except VirtualWidthError as refusal:
         return say_refusal(refusal)
-    except CheckpointException as error:  # no Exception; of what pretrain() loads
-        if (refusal := refusal_in(error)) is None:
+    except CheckpointException as error:  # no Exception
+        if (refusal := refusal_of_load(error, this.args)) is None:
             raise
         return say_refusal(refusal)
     except SystemExit as leave:

@@ -239,8 +239,14 @@ def test_an_index_does_not_reach_out_of_its_folder(name, hugging_face, tmp_path,
     index = hugging_face / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     assert "is no file beside it" in refused(["from-hf", hugging_face, tmp_path / "out" / "target"], capsys, tmp_path)
-    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "blob"}}))
-    (hugging_face / "blob").symlink_to("../outside.safetensors")  # as in the hub's cache
+
+
+def test_an_index_may_name_links(hugging_face, tmp_path):
+    """Of which the hub's cache consists."""
+    shutil.move(hugging_face / "model.safetensors", hugging_face.parent / "blob")
+    (hugging_face / "model-1.safetensors").symlink_to("../blob")
+    index = {"weight_map": {"lm_head.weight": "model-1.safetensors"}}
+    (hugging_face / "model.safetensors.index.json").write_text(json.dumps(index))
     assert convert.main(["from-hf", str(hugging_face), str(tmp_path / "target")]) == 0
 
 

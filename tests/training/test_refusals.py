@@ -317,6 +317,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("missing step", ["cannot be read", "iter_0000007"]),
         ("with code", [".metadata asks for os.mkdir", "nothing of it was run"]),
         ("other backend", ["for --transformer-impl transformer_engine", "has local", "vwn-widen"]),
+        ("damaged load", ["(x.weight from model not in state dict)", "--ckpt-step or --load"]),
         ("empty but demanded", ["holds no checkpoint", "--exit-on-missing-checkpoint"]),
     ],
 )

@@ -8,6 +8,7 @@ backbone that computes with them something else.
 
 import argparse
 import copy
+import traceback
 from dataclasses import dataclass, fields
 
 from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
@@ -89,6 +90,26 @@ def read_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     if state is None:
         return Checkpoint(folder, exists=False)
     return Checkpoint(folder, True, state.get("args"), state.get("iteration"), release)
+
+
+def refusal_of_load(error: BaseException, args: argparse.Namespace) -> VirtualWidthError | None:
+    """The sentence about what Megatron met when it loaded the checkpoint; None where it was at something else.
+
+    Args:
+        error: what ``pretrain()`` raised.
+        args: of the run.
+    """
+    if (refusal := refusal_in(error)) is not None:
+        return refusal
+    if not any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(error.__traceback__)):
+        return None
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    said = str(cause).strip().strip("\"'").partition(":")[0].partition("\n")[0]  # before a list of all tensors
+    reason = said[:200] or type(cause).__name__
+    return VirtualWidthError(
+        f"the checkpoint in {args.load or args.pretrained_checkpoint} cannot be loaded ({reason}): tensors of it "
+        "are damaged or missing, so choose another with --ckpt-step or --load."
+    )
 
 
 def refuse_missing(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
