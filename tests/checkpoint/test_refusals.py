@@ -178,6 +178,9 @@ HUGGING_FACE_DAMAGE = {
         folder, lambda tensors: tensors.update({"model.extra": torch.ones(2)})
     ),
     f"{NORM} in": lambda folder: change_tensors(folder, lambda tensors: tensors.update({NORM: torch.ones(31)})),
+    "has the dtype int32": lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int32)})
+    ),
     "megatron_arguments.json is no JSON": lambda folder: (folder / "megatron_arguments.json").write_text("{"),
 }
 
