@@ -245,7 +245,7 @@ def _hf_tensors(tensors: Mapping[str, TensorInfo], config: VWNConfig) -> dict[st
 
 
 def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Every tensor of the model is there, no other is, and shapes agree."""
+    """Every tensor of the model is there, no other is, shapes agree, and all are of floating point."""
     for what, names in (
         ("lacks", expected.keys() - found.keys()),
         ("has, beside those of its model,", found.keys() - expected.keys()),
@@ -259,6 +259,11 @@ def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[
             raise VirtualWidthError(
                 f"{name} in {folder} has shape {list(found[name].shape)} instead of {list(shape)}: it is not the model "
                 "that its settings describe."
+            )
+        if not found[name].dtype.is_floating_point:
+            raise VirtualWidthError(
+                f"{name} in {folder} has the dtype {str(found[name].dtype).removeprefix('torch.')}, which no weight "
+                "has: give the model before it was quantized."
             )
 
 

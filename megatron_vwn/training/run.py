@@ -24,7 +24,6 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_vwn.cli import FAILED
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.megatron_fixes import apply_fixes
-from megatron_vwn.megatron_fixes.pickles import refusal_in
 from megatron_vwn.parallel.pipeline import WideP2PCommunicator
 from megatron_vwn.training.batch import forward_step, train_valid_test_datasets_provider
 from megatron_vwn.training.flags.machine import complete_command_line, describe, local_layers_cost, needed_flags
@@ -38,6 +37,9 @@ from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start
 from megatron_vwn.training.refusals.folders import explain_full_disk
 from megatron_vwn.training.refusals.kernels import describe_kernels, kernel_fallbacks
 from megatron_vwn.training.refusals.megatron import kept_traceback, quoting_megatron
+from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint, refusal_of_load
+from megatron_vwn.training.refusals.kernels import describe_kernels
+from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.refuse import (
     refuse,
     refuse_argv,
@@ -75,8 +77,8 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
             raise
     except VirtualWidthError as refusal:
         return say_refusal(refusal)
-    except CheckpointException as error:  # no Exception; of what pretrain() loads
-        if (refusal := refusal_in(error)) is None:
+    except CheckpointException as error:  # no Exception
+        if (refusal := refusal_of_load(error, this.args)) is None:
             raise
         return say_refusal(refusal)
     except SystemExit as leave:

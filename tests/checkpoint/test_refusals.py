@@ -178,6 +178,9 @@ HUGGING_FACE_DAMAGE = {
         folder, lambda tensors: tensors.update({"model.extra": torch.ones(2)})
     ),
     f"{NORM} in": lambda folder: change_tensors(folder, lambda tensors: tensors.update({NORM: torch.ones(31)})),
+    "has the dtype int32": lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int32)})
+    ),
     "megatron_arguments.json is no JSON": lambda folder: (folder / "megatron_arguments.json").write_text("{"),
 }
 
@@ -239,8 +242,14 @@ def test_an_index_does_not_reach_out_of_its_folder(name, hugging_face, tmp_path,
     index = hugging_face / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     assert "is no file beside it" in refused(["from-hf", hugging_face, tmp_path / "out" / "target"], capsys, tmp_path)
-    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "blob"}}))
-    (hugging_face / "blob").symlink_to("../outside.safetensors")  # as in the hub's cache
+
+
+def test_an_index_may_name_links(hugging_face, tmp_path):
+    """Of which the hub's cache consists."""
+    shutil.move(hugging_face / "model.safetensors", hugging_face.parent / "blob")
+    (hugging_face / "model-1.safetensors").symlink_to("../blob")
+    index = {"weight_map": {"lm_head.weight": "model-1.safetensors"}}
+    (hugging_face / "model.safetensors.index.json").write_text(json.dumps(index))
     assert convert.main(["from-hf", str(hugging_face), str(tmp_path / "target")]) == 0
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from traceback import StackSummary
 from unittest import mock
 
 from megatron_vwn import cpu
@@ -21,6 +22,7 @@ from megatron.core.models.hybrid import hybrid_layer_allocation  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig  # noqa: E402
 from megatron.training.models import hybrid  # noqa: E402
+from torch.distributed.checkpoint import CheckpointException  # noqa: E402
 
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
@@ -142,6 +144,19 @@ def fields_of_a_model():
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     lists = function.MAY_DIFFER, function.SAID
     return [sorted((lists[0] | lists[1]) - names), sorted(lists[0] & lists[1]), sorted(names - lists[0] - lists[1])]
+def damaged_load():
+    """The sentence about a tensor that Megatron misses when it loads; of a save there is none."""
+
+    def load_checkpoint():
+        missing = KeyError("x.weight from model not in state dict: ['a', 'b']")
+        raise CheckpointException("read", {0: (missing, StackSummary())})
+
+    args = Namespace(load="folder", pretrained_checkpoint=None)
+    assert resume.refusal_of_load(CheckpointException("write", {0: (OSError(28), StackSummary())}), args) is None
+    try:
+        load_checkpoint()
+    except CheckpointException as error:
+        return {"refusal": str(resume.refusal_of_load(error, args))}
 
 
 def stages():
@@ -255,6 +270,7 @@ def main(cases_file, results_file):
     results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()
     results["other backend"] = other_backend()
+    results["damaged load"] = damaged_load()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()

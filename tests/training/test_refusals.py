@@ -381,6 +381,7 @@ def test_refused_for_every_model(prepared, flags, model):
         ("missing step", ["cannot be read", "iter_0000007", "traceback in"]),
         ("legacy", ["holds iter_0000001 but no latest", "name it with --ckpt-step"]),
         ("drifted reader", ["is not the one that megatron_vwn was written for", "four values", "0.19.2"]),
+        ("damaged load", ["(x.weight from model not in state dict)", "--ckpt-step or --load"]),
         ("empty but demanded", ["holds no checkpoint", "--exit-on-missing-checkpoint"]),
     ],
 )

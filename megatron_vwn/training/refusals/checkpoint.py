@@ -8,6 +8,7 @@ optimizer and its schedule in ``optimizer``.
 import argparse
 import copy
 from collections.abc import Sequence
+import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -122,6 +123,26 @@ def _remark(folder: Path, step: int | None) -> str:
                 "--ckpt-step, or give another --load."
             )
     return f" that is whole ({', '.join(path.name for path in begun)} begun)" if begun else ""
+
+
+def refusal_of_load(error: BaseException, args: argparse.Namespace) -> VirtualWidthError | None:
+    """The sentence about what Megatron met when it loaded the checkpoint; None where it was at something else.
+
+    Args:
+        error: what ``pretrain()`` raised.
+        args: of the run.
+    """
+    if (refusal := refusal_in(error)) is not None:
+        return refusal
+    if not any(frame.name == "load_checkpoint" for frame in traceback.extract_tb(error.__traceback__)):
+        return None
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    said = str(cause).strip().strip("\"'").partition(":")[0].partition("\n")[0]  # before a list of all tensors
+    reason = said[:200] or type(cause).__name__
+    return VirtualWidthError(
+        f"the checkpoint in {args.load or args.pretrained_checkpoint} cannot be loaded ({reason}): tensors of it "
+        "are damaged or missing, so choose another with --ckpt-step or --load."
+    )
 
 
 def refuse_missing(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
