@@ -23,7 +23,8 @@ TRITON = (3, 5), (3, 9)
 COST_OF_TORCH = (
     "torch operations read and write the stream instead of Triton kernels, at more than ten times their memory traffic"
 )
-"""What a fallback costs: at (m, n) = (4, 16) torch's operations move 18 times the bytes of one fused pass."""
+"""What a fallback costs: inputs and outputs of torch's operations in a write and read at (m, n) = (4, 16), D = 2048,
+forward and backward, are 18 times the bytes of one fused pass."""
 
 
 def implementation(h_TNE: Tensor, p: ConnectionParameters) -> ModuleType:
