@@ -37,9 +37,6 @@ tokens = tokenizer("It was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))
 ```
 
-`trust_remote_code=True` executes the code in this folder, `configuration_vwn.py` and `modeling_vwn.py`, with all rights
-of the user: read both files, or install megatron_vwn, `import megatron_vwn.hf` and leave the argument out, and no code
-of the folder is executed. The weights are safetensors, which hold numbers alone.
 `trust_remote_code=True` executes the code in this folder, `configuration_vwn.py` and `modeling_vwn.py`, with all your
 rights: read both files, or install megatron_vwn, `import megatron_vwn.hf` and leave the argument out, and no code of
 the folder is executed. The weights are safetensors, which hold numbers alone.

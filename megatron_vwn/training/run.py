@@ -33,13 +33,10 @@ from megatron_vwn.training.model import VirtualWidthModelConfig, model_config_fr
 from megatron_vwn.training.monitoring.event_files import survive_failures
 from megatron_vwn.training.monitoring.monitor import monitored
 from megatron_vwn.training.ranks import say, say_refusal
-from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint
+from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint, refusal_of_load
 from megatron_vwn.training.refusals.folders import explain_full_disk
 from megatron_vwn.training.refusals.kernels import describe_kernels, kernel_fallbacks
 from megatron_vwn.training.refusals.megatron import kept_traceback, quoting_megatron
-from megatron_vwn.training.refusals.checkpoint import Checkpoint, describe_start, read_checkpoint, refusal_of_load
-from megatron_vwn.training.refusals.kernels import describe_kernels
-from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.refuse import (
     refuse,
     refuse_argv,

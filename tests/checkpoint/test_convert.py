@@ -81,8 +81,6 @@ def test_model_card_and_arguments(saves):
     card = (folder / "README.md").read_text()
     assert "# experts, MTP in HF\n" in card and "partial" not in card
     assert "r = 3" in card and "1 x `*E`" in card
-    assert card.count("trust_remote_code=True)") + card.count("trust_remote_code=True,") == 2
-    assert "executes the code" in card
     lines = [line for line in card.splitlines() if "from_pretrained(" in line]
     assert len(lines) == 2 and all("trust_remote_code=True" in line for line in lines) and "executes the code" in card
     assert len(card.splitlines()) < 40 and "`megatron_arguments.json`" in card

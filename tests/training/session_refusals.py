@@ -144,6 +144,8 @@ def fields_of_a_model():
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     lists = function.MAY_DIFFER, function.SAID
     return [sorted((lists[0] | lists[1]) - names), sorted(lists[0] & lists[1]), sorted(names - lists[0] - lists[1])]
+
+
 def damaged_load():
     """The sentence about a tensor that Megatron misses when it loads; of a save there is none."""
 

@@ -7,8 +7,8 @@ optimizer and its schedule in ``optimizer``.
 
 import argparse
 import copy
-from collections.abc import Sequence
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
