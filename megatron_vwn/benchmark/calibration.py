@@ -35,7 +35,7 @@ class Factor:
 
 def factor(gpu: str, direction: Pass) -> Factor | None:
     """What was measured on a kind of GPU, or None."""
-    found = _content()["factors"].get(gpu, {}).get(direction)
+    found = _content().get(gpu, {}).get("factors", {}).get(direction)
     return Factor(**found) if found else None
 
 
@@ -47,7 +47,7 @@ def means(gpu: str) -> dict[Pass, float]:
 def said(gpu: str) -> str:
     """One line about a kind of GPU: what it was calibrated with; "" if with nothing."""
     found = {direction: factor(gpu, direction) for direction in PASSES}
-    content = _content()
+    content = _content().get(gpu)
     parts = [
         f"{direction} x {each.mean:.2f} ({each.low:.2f} to {each.high:.2f} over {each.streams} streams)"
         for direction, each in found.items()
@@ -84,20 +84,20 @@ def modelled_seconds(row: Mapping, gpu: str) -> float:
     return predicted / kernel_times.factors().get(gpu, {}).get(row["pass"], 1.0)
 
 
-def write(factors: Mapping[str, Mapping[Pass, Factor]], hardware: str, date: str, path: Path = PATH) -> None:
-    """Keep the factors of some kinds of GPUs; those of others stay.
+def write(gpu: str, factors: Mapping[Pass, Factor], hardware: str, date: str, path: Path = PATH) -> None:
+    """Keep the factors of a kind of GPU; those of others stay.
 
     Args:
-        factors: by kind and pass.
+        gpu: the kind.
+        factors: by pass.
         hardware: name of the GPU.
         date: of the measurement.
         path: of the file.
     """
-    kept = _content(path)["factors"]
-    new = {gpu: {direction: asdict(each) for direction, each in found.items()} for gpu, found in factors.items()}
-    write_json(path, {"hardware": hardware, "date": date, "factors": kept | new})
+    new = {direction: asdict(each) for direction, each in factors.items()}
+    write_json(path, _content(path) | {gpu: {"hardware": hardware, "date": date, "factors": new}})
 
 
 def _content(path: Path | None = None) -> dict:
     path = path or PATH
-    return json.loads(path.read_text()) if path.exists() else {"factors": {}}
+    return json.loads(path.read_text()) if path.exists() else {}

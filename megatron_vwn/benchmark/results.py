@@ -58,6 +58,8 @@ def commit(content: Mapping, folder: Path = report.RESULTS, factors: Path = cali
         VirtualWidthError: nothing was measured on a GPU.
     """
     measured = {name: result for name, result in _results(content).items() if _on_a_gpu(result)}
+    # Of the steps that time kernels the first, with default tiles, is what a table shows and a prediction predicts.
+    measured = {name: result for name, result in measured.items() if result["mode"] != "kernels" or name == KERNELS}
     if content["rehearsed"] or not measured:
         raise VirtualWidthError("nothing in this file was measured on a GPU: there is nothing to commit.")
     written = []
@@ -68,7 +70,7 @@ def commit(content: Mapping, folder: Path = report.RESULTS, factors: Path = cali
     gpu = kind(content)
     if gpu and KERNELS in measured:
         found = calibration.factors_of(measured[KERNELS]["results"], gpu)
-        calibration.write({gpu: found}, measured[KERNELS]["hardware"]["name"], content["date"], factors)
+        calibration.write(gpu, found, measured[KERNELS]["hardware"]["name"], content["date"], factors)
         written.append(factors)
     return written
 

@@ -11,14 +11,15 @@ import numpy as np
 
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.curves import Curve, Estimate, estimate
-from megatron_vwn.study.events import LoggedRun
+from megatron_vwn.study.events import VALIDATION, LoggedRun
 from megatron_vwn.study.families import fit_families
 from megatron_vwn.study.fit import Fit
+from megatron_vwn.study.growth import constant_until, ratios
 
 AXES = ("tokens", "seconds", "FLOPs")
 # Of the baseline's whole training; single steps say little.
 SMOOTHING = 0.05
-_VALIDATION, _TRAINING, _SECOND = "lm loss validation", "lm loss", "mtp_1 loss"
+_TRAINING, _SECOND = "lm loss", "mtp_1 loss"
 Seed = int | None
 
 
@@ -40,7 +41,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("validation", _VALIDATION, "validation loss", smoothed=False),
+    Metric("validation", VALIDATION, "validation loss", smoothed=False),
     Metric("next2", _SECOND, "next-2-token training loss (smoothed)", smoothed=True),
     Metric("training", _TRAINING, "training loss (smoothed)", smoothed=True),
 )
@@ -80,12 +81,16 @@ class Compared:
         gaps: by axis: loss minus the baseline's final loss, of pairs of equal seeds.
         reached: by seed, tokens to the baseline's final loss; None where it is not reached.
         speedup: the baseline's tokens over these, of the seeds that reach it.
+        growth: by seed, the same ratio all along the baseline's training (see ``growth``).
+        constant_gap: loss minus the baseline's where its learning rate begins to decay; None if it never was constant.
     """
 
     losses: dict[str, dict[Seed, float | None]] = field(default_factory=dict)
     gaps: dict[str, Estimate | None] = field(default_factory=dict)
     reached: dict[Seed, float | None] = field(default_factory=dict)
     speedup: Estimate | None = None
+    growth: dict[Seed, Curve] = field(default_factory=dict)
+    constant_gap: Estimate | None = None
 
     def reached_losses(self, axis: str) -> dict[Seed, float]:
         """The losses of the seeds that reach the budget."""
@@ -104,6 +109,7 @@ class MetricResult:
         metric: which.
         curves: by variant, by seed.
         budget: x of the baseline's end.
+        constant_until: x where the baseline's learning rate begins to decay after it was constant; None of others.
         compared: by variant, the baseline included.
         fits: by axis.
     """
@@ -111,6 +117,7 @@ class MetricResult:
     metric: Metric
     curves: dict[str, dict[Seed, Curve]]
     budget: float
+    constant_until: float | None
     compared: dict[str, Compared]
     fits: dict[str, list[Fit]]
 
@@ -177,7 +184,7 @@ def compare(runs: Sequence[LoggedRun], baseline: str | None, order: Sequence[str
             results.append(result)
     if not any(result.metric.tag != _SECOND for result in results):
         raise VirtualWidthError(
-            f"no run of the baseline {name} has {_VALIDATION!r} or {_TRAINING!r} in its event files: train with "
+            f"no run of the baseline {name} has {VALIDATION!r} or {_TRAINING!r} in its event files: train with "
             "--tensorboard-dir and --eval-interval, or name another --baseline."
         )
     return Comparison(name, variants, unit, results, notes)
@@ -264,7 +271,18 @@ def _compare_metric(
         axis: fit_families({name: each.reached_losses(axis) for name, each in compared.items()}, variants, baseline)
         for axis in AXES
     }
-    return MetricResult(metric, {name: each for name, each in curves.items() if each}, budget, compared, fits)
+    constant = constant_until(variants[baseline].first) if unit == "tokens" else None
+    for name in compared:
+        if name != baseline:
+            compared[name].growth = ratios(curves[baseline], curves[name])
+            pairs = [
+                (curve.at(constant), plain.at(constant))
+                for seed, curve in curves[name].items()
+                if constant is not None and (plain := curves[baseline].get(seed)) is not None
+            ]
+            compared[name].constant_gap = estimate([a - b for a, b in pairs if None not in (a, b)])
+    curves = {name: each for name, each in curves.items() if each}
+    return MetricResult(metric, curves, budget, constant, compared, fits)
 
 
 def _against(

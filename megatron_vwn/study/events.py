@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.folder import RECORD, TIMING, read_json
 
+VALIDATION = "lm loss validation"
 _FILES = "events.out.tfevents*"
 # Megatron logs every argument as a text of this tag.
 _TEXT = "/text_summary"
@@ -141,6 +142,7 @@ def _hidden(path: Path) -> bool:
 def _read_run(path: Path, name: str) -> LoggedRun:
     events = _accumulate(path)
     scalars, arguments = _scalars(events), _arguments(events)
+    scalars = _with_validation(scalars)
     # Behind the last regular validation, under its tag and step: one more on further samples, and the test set's.
     for _ in range(1 + (arguments.get("do_test") in ("1", "True"))):
         scalars |= {tag: _without_second(pairs) for tag, pairs in scalars.items() if tag.endswith(" validation")}
@@ -161,6 +163,8 @@ def _read_run(path: Path, name: str) -> LoggedRun:
             run.notes.append(
                 f"{name}: {file.name} is cut in its last record ({surplus} bytes); what is before it is used."
             )
+    if f"{VALIDATION}-1" in scalars:
+        run.notes.append(f"{name}: several validation sets; the first is compared.")
     if not run.scalars:
         run.notes.append(f"{name}: its event files hold no scalars; it is left out.")
     return run
@@ -179,6 +183,14 @@ def _scalars(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
         logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
         by_tag[tag] = [(event.step, event.value) for event in logged]
     return by_tag
+
+
+def _with_validation(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """With --multiple-validation-sets a tag ends in the set's name or number: the first set is the one compared."""
+    several = [tag for tag in scalars if tag.startswith(f"{VALIDATION}-") and not tag.endswith(" vs samples")]
+    if VALIDATION in scalars or not several:
+        return scalars
+    return scalars | {VALIDATION: scalars[min(several)]}
 
 
 def _without_second(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -47,6 +47,10 @@ def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
             figures = {
                 f"{key}-loss": (_losses(comparison, result), f"The {title} against {comparison.unit}"),
                 f"{key}-gap": (_gaps(comparison, result), f"Difference in {title} from the baseline"),
+                f"{key}-growth": (
+                    _growths(comparison, result),
+                    f"How many times fewer {comparison.unit} reach the baseline's {title}, all along its training",
+                ),
                 f"{key}-width": (_widths(comparison, result), f"The {title} against log2 r at equal budgets"),
                 f"{key}-budgets": (_budgets(comparison, result), f"Difference in {title} at equal budgets"),
             }
@@ -110,6 +114,25 @@ def _gaps(comparison: Comparison, result: MetricResult) -> Figure | None:
     _frame(axes, comparison, result, [0.0, *shown], margin=0.05)
     axes.set_ylabel(f"{result.metric.title}\nminus the baseline's")
     axes.set_title("Below 0 is better; pairs of equal seeds, bands are 95 % intervals over seeds", loc="left")
+    return figure
+
+
+def _growths(comparison: Comparison, result: MetricResult) -> Figure | None:
+    figure, axes = pyplot.subplots(figsize=(7.4, 4.4))
+    shown = []
+    for name, here in result.compared.items():
+        curves = list(here.growth.values())
+        if curves:
+            shown += _mean(axes, comparison, result, name, curves, name, band=True, marker=_marker(comparison, name))
+    if not shown:
+        pyplot.close(figure)
+        return None
+    axes.axhline(1, color=_BASELINE, linestyle="--", linewidth=1.2, label=f"{comparison.baseline} (1)")
+    if result.constant_until is not None:
+        axes.axvline(result.constant_until, color=_GRID, linewidth=1.5, label="the learning rate begins to decay")
+    _frame(axes, comparison, result, [1.0, *shown], margin=0.05)
+    axes.set_ylabel(f"{comparison.unit} of the baseline over those\nto the same {result.metric.title}")
+    axes.set_title("Above 1 is better; a line that rises is an advantage that grows", loc="left")
     return figure
 
 

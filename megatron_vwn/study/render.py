@@ -12,6 +12,7 @@ from markupsafe import Markup
 from megatron_vwn.study.compare import AXES, SMOOTHING, Compared, Comparison, Variant
 from megatron_vwn.study.curves import Estimate
 from megatron_vwn.study.events import LoggedRun
+from megatron_vwn.study.growth import SHARES, at_shares, change
 
 _NOTHING = "-"
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -43,6 +44,7 @@ def as_markdown(
         command=command,
         axes=AXES,
         smoothing=SMOOTHING,
+        shares=SHARES,
     )
     return re.sub(r"\n{3,}", "\n\n", said).strip() + "\n"
 
@@ -121,6 +123,27 @@ def _reached(here: Compared, unit: str) -> str:
     return said + ("" if reached == asked else f", in {reached} of {asked} seeds")
 
 
+def _ratio(value: Estimate | None, sign: str = "") -> str:
+    return _NOTHING if value is None else f"{value.mean:{sign}.2f}{_interval(value, 2)}"
+
+
+def _grows(comparison: Comparison) -> str:
+    """Whether variants need fewer tokens late than early, while the learning rate does not decay."""
+    first = comparison.results[0]
+    end = min(first.constant_until or first.budget, first.budget)
+    said = []
+    for name, here in first.compared.items():
+        found = change(here.growth, SHARES[0] * first.budget, end)
+        if found is not None:
+            clear = found.half is None or found.clear
+            word = ("grows" if found.mean > 0 else "shrinks") if clear else "neither grows nor shrinks clearly"
+            said.append(f"{name} {word}, by {_ratio(found, sign='+')}")
+    if not said:
+        return "cannot be followed: no variant reaches the baseline's losses at a quarter of its training and later."
+    where = "the end of the constant learning rate" if first.constant_until else "the end"
+    return f"between a quarter of the training and {where}, as a ratio of {comparison.unit}: {'; '.join(said)}."
+
+
 def _milliseconds(variant: Variant, unit: str) -> str:
     if variant.seconds_per_token is None:
         return _NOTHING
@@ -184,15 +207,18 @@ def _clock(run: LoggedRun) -> str:
 
 
 _FILTERS = {
+    "at_shares": at_shares,
     "capital": _capital,
     "clock": _clock,
     "code": _code,
     "commit": _commit,
     "flops": _flops,
+    "grows": _grows,
     "hardware": _hardware,
     "losing": _losing,
     "milliseconds": _milliseconds,
     "number": _number,
+    "ratio": _ratio,
     "reached": _reached,
     "signed": _signed,
     "times": _times,

@@ -4,9 +4,12 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -94,50 +97,41 @@ def _sanitizer(output: Path, rehearse: bool) -> list[Step]:
     return [Step("sanitizer", 75, commands, collect, at_once=_cores(), environment=environment, lacks=lacks)]
 
 
-def _kernels(output: Path, rehearse: bool) -> list[Step]:
-    def measured(name: str, file: str, *words: str, seconds: float, environment=None) -> Step:
-        path = output / file
-        # --tokens 9: no tile fits, so that a rehearsal shows more than the easiest case.
-        small = ["--pairs", "2,3", "--hidden-size", "32", "--tokens", "9", "--dtype", "fp32"] if rehearse else []
-        rounds = ["--rounds", "2", "--warmup", "1"] if rehearse else ["--rounds", "11"]
-        command = _benchmark("kernels", *words, *small, *rounds, "--output", str(path), "--overwrite")
-        return Step(name, seconds, [command], _report_of(path, _fastest), environment=environment or {})
+def _measured(output: Path, rehearse: bool, name: str, seconds: float, *words: str, environment=None) -> Step:
+    """A step of ``vwn-benchmark kernels``."""
+    path = output / f"{_plain(name)}.json"
+    # --tokens 9: no tile fits, so that a rehearsal shows more than the easiest case.
+    small = "--pairs 2,3 --hidden-size 32 --tokens 9 --dtype fp32 --rounds 2 --warmup 1"
+    size = small.split() if rehearse else ["--hidden-size", "2048", "--rounds", "11"]
+    command = _benchmark("kernels", *words, *size, "--output", str(path), "--overwrite")
+    return Step(name, seconds, [command], _report_of(path, _fastest), environment=environment or {})
 
-    d = ["--hidden-size", "2048"]
+
+def _kernels(output: Path, rehearse: bool) -> list[Step]:
+    words = ["--ops", "write_read", "--variants", "triton", "torch"]
+    return [_measured(output, rehearse, "kernels", 75, *words)]
+
+
+def _tuning(output: Path, rehearse: bool) -> list[Step]:
     tiles = {"VWN_TILES": str(output / "tiles.json")}
-    tune = ["tune", *d, "--pairs", "4,16", "4,32", "--minutes", "1"]
-    if rehearse:
-        small = "--hidden-size 64 --tokens 32 --pairs 2,3 --minutes 0.1"
-        tune = ["tune", "--predict", "h200", *small.split()]
+    large = "--hidden-size 2048 --pairs 4,16 4,32 --minutes 1"
+    small = "--predict h200 --hidden-size 64 --tokens 32 --pairs 2,3 --minutes 0.1"
+    tune = _benchmark("tune", *(small if rehearse else large).split())
+    tuned = ["--ops", "write_read", "--pairs", "4,16", "4,32", "--variants", "triton"]
+    compiled = ["--ops", "write_read", "--pairs", "4,16", "--variants", "triton", "torch.compile"]
+    peers = ["--ops", "connection", "--pairs", "1,4", "--variants"]
+    peers += ["triton", "Transformer Engine mHC", "Liger mHC"]
     return [
-        measured("kernels", "kernels.json", "--ops", "write_read", *d, "--variants", "triton", "torch", seconds=75),
-        Step("tune", 80, [_benchmark(*tune)], _last_line, environment=tiles),
-        measured(
-            "kernels, tuned",
-            "kernels-tuned.json",
-            *["--ops", "write_read", *d, "--pairs", "4,16", "4,32", "--variants", "triton"],
-            seconds=30,
-            environment=tiles,
-        ),
-        measured(
-            "torch.compile",
-            "kernels-compiled.json",
-            *["--ops", "write_read", *d, "--pairs", "4,16", "--variants", "triton", "torch.compile"],
-            seconds=60,
-        ),
-        measured(
-            "mHC of others",
-            "kernels-peers.json",
-            *["--ops", "connection", *d, "--pairs", "1,4"],
-            *["--variants", "triton", "Transformer Engine mHC", "Liger mHC"],
-            seconds=40,
-        ),
+        Step("tune", 80, [tune], _last_line, environment=tiles),
+        _measured(output, rehearse, "kernels, tuned", 30, *tuned, environment=tiles),
+        _measured(output, rehearse, "torch.compile", 60, *compiled),
+        _measured(output, rehearse, "mHC of others", 40, *peers),
     ]
 
 
 def _layers(output: Path, rehearse: bool) -> list[Step]:
     def layer(name: str, *words: str) -> Step:
-        path = output / f"layer-{name.replace(' ', '-').replace(',', '')}.json"
+        path = output / f"layer-{_plain(name)}.json"
         rounds = ["--rounds", "2", "--warmup", "1"] if rehearse else ["--rounds", "7"]
         command = _benchmark("layer", *words, *rounds, "--output", str(path), "--overwrite")
         return Step(f"layer, {name}", 60, [command], _report_of(path, _overheads))
@@ -151,17 +145,18 @@ def _layers(output: Path, rehearse: bool) -> list[Step]:
         ]
     found = []
     for r, width in (("r4", ["--vwn-m", "4", "--vwn-n", "16"]), ("r8", ["--vwn-m", "4", "--vwn-n", "32"])):
-        found += [layer(f"experts {r}", "--recipe", "moe-a3.3b", *width), layer(f"dense {r}", *width)]
+        for kind, recipe in (("experts", "moe-a3.3b"), ("dense", "dense-1b")):
+            found.append(layer(f"{kind} {r}", "--recipe", recipe, *width))
     return found
 
 
 def _training(output: Path, rehearse: bool) -> list[Step]:
     overrides = ["train-iters=3", "bf16=null"] if rehearse else []
-    transformer_engine = find_spec("transformer_engine") is not None and not rehearse
+    transformer_engine = has_transformer_engine() and not rehearse
     recipe = load_recipe(str(HERE / "train.yaml"), overrides, shrink=32 if rehearse else 1)
     flags = recipe.arguments(transformer_engine=transformer_engine)
-    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
-    program += ["megatron_vwn.training.pretrain", *flags, "--vwn-kernels"]
+    # No launcher: a rank of torchrun has a session of its own, and would outlive the step that is killed.
+    program = ["-m", "megatron_vwn.training.pretrain", *flags, "--vwn-kernels"]
 
     def one(outputs, done):
         found = training_log(outputs[0])
@@ -181,21 +176,27 @@ def _training(output: Path, rehearse: bool) -> list[Step]:
         trained = done.get("training, kernels")
         predicted, peak = own["total"] / 1e6, trained and trained["peak_mb"]
         said = f"predicted {predicted / 1000:.2f} GB" + (f", measured {peak / 1000:.2f}" if peak else "")
-        return {"predicted_mb": predicted, "measured_mb": peak, "parts": own}, said
+        if not transformer_engine:
+            said += "; measured with local layers, predicted for Transformer Engine's, which keep no scores"
+        layers = "transformer_engine" if transformer_engine else "local"
+        return {"predicted_mb": predicted, "measured_mb": peak, "measured_layers": layers, "parts": own}, said
 
     plan = [*_python("-m"), "megatron_vwn.planner", str(HERE / "train.yaml"), "--top", "0"]
     plan += ["--json", str(output / "plan.json")]
-    alone = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    # "auto" may be torch operations, which would be compared with themselves.
+    kernels = "auto" if rehearse else "triton"
     return [
-        Step("training, kernels", 90, [[sys.executable, *program, "auto"]], one, environment=alone),
+        Step("training, kernels", 90, [[sys.executable, *program, kernels]], one, environment=alone),
         Step("training, torch operations", 90, [[sys.executable, *program, "torch"]], other, environment=alone),
-        Step("memory against vwn-plan", 90, [plan], memory),
+        # The planner builds its ranks as a machine without a GPU does.
+        Step("memory against vwn-plan", 90, [plan], memory, environment={"CUDA_VISIBLE_DEVICES": ""}),
     ]
 
 
 def _fp8(output: Path, rehearse: bool) -> list[Step]:
     command = _python("-m", "pytest", "-W", "ignore", "-q", "-n", "0", HERE / "test_fp8.py")
-    lacks = "" if rehearse or find_spec("transformer_engine") else "Transformer Engine is not installed"
+    lacks = "" if rehearse or has_transformer_engine() else "Transformer Engine is not installed or does not import"
     lacks = lacks or ("" if find_spec("pytest") and find_spec("xdist") else "pytest and pytest-xdist are not installed")
     return [Step("FP8", 120, [command], _last_line, lacks=lacks)]
 
@@ -210,7 +211,21 @@ def _all_parity(output: Path, rehearse: bool) -> list[Step]:
     return [Step("parity, all cases", 120, commands, _cases, at_once=_cores())]
 
 
-_MAKERS = (_environment, _parity, _sanitizer, _kernels, _layers, _training, _fp8, _all_parity)
+_MAKERS = (_environment, _parity, _sanitizer, _kernels, _layers, _training, _tuning, _fp8, _all_parity)
+
+
+@cache
+def has_transformer_engine() -> bool:
+    """Whether it imports; one that does not is to Megatron as none."""
+    if find_spec("transformer_engine") is None:
+        return False
+    return subprocess.run(_python("-c", "import transformer_engine.pytorch"), capture_output=True).returncode == 0
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def training_log(text: str) -> dict:
@@ -224,7 +239,9 @@ def training_log(text: str) -> dict:
     peaks = [float(value) for value in re.findall(r"max allocated: ([\d.]+)", text)]
     if not losses or not times:
         raise ValueError(f"no losses: {text.strip()[-200:]}")
-    return {"losses": losses, "milliseconds": times[len(times) // 2], "peak_mb": max(peaks, default=0.0)}
+    # Megatron's "MB" is 2^20 bytes.
+    peak = round(max(peaks, default=0.0) * 1.048576, 1)
+    return {"losses": losses, "milliseconds": times[len(times) // 2], "peak_mb": peak}
 
 
 def check_losses(first: list[float], second: list[float]) -> None:
@@ -287,6 +304,10 @@ def _python(*words: object) -> list[str]:
 
 def _benchmark(*words: str) -> list[str]:
     return _python("-W", "ignore", "-m", "megatron_vwn.benchmark", *words)
+
+
+def _plain(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "")
 
 
 def _cores() -> int:

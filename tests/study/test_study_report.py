@@ -17,6 +17,7 @@ from megatron_vwn.study.curves import Curve, estimate, spread
 from megatron_vwn.study.events import LoggedRun, find_runs, split_seed
 from megatron_vwn.study.families import families
 from megatron_vwn.study.fit import fit_widths
+from megatron_vwn.study.growth import SHARES, at_shares, change
 
 WIDTHS = (1, 2, 4, 8)
 # By seed: an offset of all its losses, and how much its gain per doubling differs from 0.25.
@@ -69,6 +70,10 @@ def test_known_speedups_slopes_and_r_squared(known):
         assert further.compared[f"wide{r}"].speedup.mean == pytest.approx(
             np.mean([STEPS / each for each in steps]), rel=1e-5
         )
+        # Straight lines: the advantage is the same all along.
+        for seed, curve in here.growth.items():
+            assert curve.y == pytest.approx(pace(r, seed), rel=1e-5)  # fp32 in the files
+        assert here.constant_gap is None and validation.constant_until is None
     (fit,) = validation.fits["tokens"]
     assert fit.slope == pytest.approx(-0.25, abs=1e-6) and fit.r_squared == pytest.approx(1, abs=1e-9)
     assert fit.seed_slopes.half == pytest.approx(T2 * 0.02 / math.sqrt(3), rel=1e-4)
@@ -156,12 +161,14 @@ def test_reading_off_curves():
 def test_the_report_is_complete_and_needs_no_network(known, tmp_path, capsys):
     assert program.main(["report", str(known), "--output", str(tmp_path / "out")]) == 0
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    plots = {f"{key}-{kind}" for key in ("validation", "next2") for kind in ("loss", "gap", "width", "budgets")}
+    plots = {
+        f"{key}-{kind}" for key in ("validation", "next2") for kind in ("loss", "gap", "growth", "width", "budgets")
+    }
     assert files == {"report.md", "report.html", "results.csv", "curves.csv"} | {
         f"{plot}.{end}" for plot in (*plots, "speedup") for end in ("png", "svg")
     }
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count('src="data:image/svg+xml;base64,') == 9
+    assert page.count('src="data:image/svg+xml;base64,') == 11
     assert "http:" not in page and "https:" not in page
     rows = results(tmp_path / "out")
     assert len(rows) == 12
@@ -316,3 +323,32 @@ def test_a_report_that_fails_leaves_the_old_one_and_nothing_half_written(known, 
     assert program.main(["report", str(known)]) == 130
     assert (known / "report" / "report.html").read_bytes() == before
     assert not [path for path in known.iterdir() if path.name.startswith(".")]
+
+
+def test_an_advantage_that_grows_is_followed_to_the_decay_of_the_learning_rate(tmp_path, capsys):
+    """The baseline falls in a line; the variant t times faster after t, until 300 of 400 steps."""
+    steps = range(20, STEPS + 1, 20)
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": "100", "train_iters": str(STEPS)}
+    for name, r, losses in (
+        ("base", 1, {step: 5 - step / 400 for step in steps}),
+        ("wide4", 4, {step: 5 - step / 400 * (1 + step / 800) for step in steps}),
+    ):
+        # Megatron's tag of the first of several validation sets.
+        scalars = {"lm loss": losses, "lm loss validation-0": losses, "lm loss validation-1": dict.fromkeys(steps, 9.0)}
+        write_run(tmp_path / "runs" / name / "seed-1" / "events", scalars, megatron_arguments(r) | wsd)
+    (validation,) = compare(find_runs([tmp_path / "runs"]), None).results
+    assert validation.constant_until == 300 * TOKENS
+    here = validation.compared["wide4"]
+    # t = x (1 + x / 800): x = 400 (sqrt(1 + t / 200) - 1), read off a curve with a point every 20 steps.
+    expected = {share: t / (400 * (math.sqrt(1 + t / 200) - 1)) for share in SHARES for t in [share * STEPS]}
+    found = at_shares(here.growth, validation.budget)
+    for share, ratio in expected.items():
+        assert found[share].mean == pytest.approx(ratio, rel=2e-3), share
+    assert here.constant_gap.mean == pytest.approx(-300 / 400 * 300 / 800, rel=1e-6)
+    assert change(here.growth, 100 * TOKENS, 300 * TOKENS).mean == pytest.approx(
+        expected[0.75] - expected[0.25], abs=5e-3
+    )
+    assert program.main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    first = (tmp_path / "out" / "report.md").read_text().partition("## What came out")[0]
+    assert "The advantage between a quarter of the training and the end of the constant learning rate" in first
+    assert "wide4 grows, by +0.18" in first, first
