@@ -1,5 +1,6 @@
 """How the suite is spread over processes, what kind each check is, and what ``--quick`` leaves of it."""
 
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -63,6 +64,11 @@ QUICK = [
     "training/test_monitoring_report.py",
     "training/test_stage_rules.py",
 ]
+
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

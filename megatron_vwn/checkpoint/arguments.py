@@ -32,6 +32,7 @@ _SAME = {
     "initializer_range": "init_method_std",
     "mtp_loss_scaling_factor": "mtp_loss_scaling_factor",
 }
+_OF_THE_LOSS = ("mtp_loss_scaling_factor",)
 # Derived by Megatron from the pattern, which refuses to be told again.
 _SAID_BY_THE_PATTERN = ("num_layers", "mtp_num_layers")
 VIRTUAL_WIDTH = tuple(f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name not in OF_THE_RUN)
@@ -143,7 +144,9 @@ def _backbone(args: argparse.Namespace) -> dict[str, object]:
             f"the further predictions {'/'.join(further)} differ, which the Hugging Face model's do not: this "
             "checkpoint cannot be converted."
         )
-    model = {field: getattr(args, name) for field, name in _SAME.items()}
+    # What weighs a loss is no part of the function: where it is not said, it is the default.
+    said = {field: name for field, name in _SAME.items() if field not in _OF_THE_LOSS or hasattr(args, name)}
+    model = {field: getattr(args, name) for field, name in said.items()}
     if args.num_experts:
         model |= {field: getattr(args, name) for field, name in _SAME_OF_EXPERTS.items()}
         model["shared_expert_intermediate_size"] = args.moe_shared_expert_intermediate_size or 0

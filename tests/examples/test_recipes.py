@@ -80,7 +80,6 @@ def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     monkeypatch.setattr(quickstart, "OUT", tmp_path / "out")
-    monkeypatch.setattr(quickstart.signal, "signal", lambda *_: None)
     monkeypatch.setattr(quickstart, "this_machine", lambda: MACHINES["two processes"])
     monkeypatch.setattr(quickstart, "prepare_data", lambda _: None)
     monkeypatch.setattr(quickstart, "evaluate", lambda *_: [{"bits_per_byte": 2.0}] * 2)
