@@ -62,6 +62,7 @@ def test_several_values():
         (["vwn-n=null"], [], "--vwn-m says nothing without --vwn-n"),
         (["vwn-ngrams=2,x"], [], "no list of whole numbers"),
         (["layers=[[2, '']]"], [], "has the entry [2, '']"),
+        (["layers=[[30001, '*-']]"], [], "has 60002 sublayers, more than fit on a command line: give at most 60000."),
         (["layers=[[2, '*Q']]"], [], "has 'Q', which is no sublayer"),
         (["hybrid-layer-pattern=*E/"], [], "has a part without sublayers"),
         (["layers=[[4, '*-']]", "mtp=null"], [], "--num-experts finds no sublayer E"),
