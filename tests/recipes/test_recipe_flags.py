@@ -74,6 +74,12 @@ def test_what_cannot_be_meant_is_refused(words, flags, said):
     assert said in str(refusal.value)
 
 
+def test_shrinking_ends_where_layers_cannot_fill_the_stages():
+    words = ["nodes=1000000000", "gpus-per-node=1", "pipeline-model-parallel-size=1000000000"]
+    with pytest.raises(VirtualWidthError, match="layers cannot be divided into 1000000000 equal stages"):
+        load_recipe("dense-1b", words, shrink=64)
+
+
 def test_files_are_read_as_written():
     text = "{a: 010, b: on, c: 1.0e-6, d: 7, e: true, f: null, g: , h: [1, 1:30], i: '8', j: -3, k: 0}"
     values = {"a": "010", "b": "on", "c": "1.0e-6", "d": 7, "e": True, "f": None, "g": None, "h": [1, "1:30"]}
