@@ -10,9 +10,12 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+_A_DAY = 24 * 60 * 60
 
 
 @contextmanager
@@ -117,8 +120,18 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _hidden(path: Path, what: str) -> Path:
-    # A file system may be shared with other machines, where the number is another process.
-    return path.with_name(f".{path.name}.{what}-{socket.gethostname()}-{os.getpid()}")
+    return path.with_name(f".{path.name}.{what}-{_here()}-{os.getpid()}")
+
+
+def _here() -> str:
+    """Where the number of a process names this one: a file system may be shared with other machines and containers.
+
+    Containers may have their host's name, and a first process each; their namespaces of processes differ.
+    """
+    try:
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux
+        return socket.gethostname()
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -128,9 +141,11 @@ def _remove_leftovers(path: Path) -> None:
     for what in ("old", "partial"):
         prefix = f".{path.name}.{what}-"
         for leftover in [each for each in path.parent.iterdir() if each.name.startswith(prefix)]:
-            host, _, number = leftover.name.removeprefix(prefix).rpartition("-")
-            # Names of earlier releases have no host.
-            if host not in ("", socket.gethostname()) or not number.isdecimal() or _at_work(int(number)):
+            where, _, number = leftover.name.removeprefix(prefix).rpartition("-")
+            if where not in ("", _here()) or not number.isdecimal() or _at_work(int(number)):
+                continue
+            # Names of earlier releases do not say where; their process may be at work elsewhere.
+            if where == "" and time.time() - leftover.lstat().st_mtime < _A_DAY:
                 continue
             if what == "old" and not path.exists():
                 os.replace(leftover, path)

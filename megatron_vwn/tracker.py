@@ -11,6 +11,8 @@ from megatron_vwn.config import VirtualWidthError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+# Megatron keeps a step in 64 bits.
+_NAMED = re.compile(rf"[0-9]{{1,18}}|{RELEASE}")
 _STEP = re.compile(r"iter_(\d{7,})")
 
 
@@ -27,7 +29,7 @@ def tracked(folder: Path) -> str | None:
         return None
     except OSError as error:
         raise VirtualWidthError(f"{folder / TRACKER} cannot be read ({error.strerror}): make it readable.") from None
-    if said and said != RELEASE and not (said.isascii() and said.isdecimal()):
+    if said and not _NAMED.fullmatch(said):
         raise VirtualWidthError(
             f"{folder / TRACKER} cannot be read (it names no checkpoint but {said[:40]!r}): write the step of a "
             "checkpoint beside it into it."

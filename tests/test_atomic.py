@@ -11,7 +11,15 @@ import threading
 import pytest
 
 from megatron_vwn import cli
-from megatron_vwn.atomic import atomic_file, atomic_folder, publish, replace_files, staging_folder, write_json
+from megatron_vwn.atomic import (
+    _hidden,
+    atomic_file,
+    atomic_folder,
+    publish,
+    replace_files,
+    staging_folder,
+    write_json,
+)
 from megatron_vwn.config import VirtualWidthError
 
 FAILURES = [ValueError, KeyboardInterrupt, SystemExit]
@@ -176,21 +184,32 @@ def dead():
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path, dead):
     host = socket.gethostname()
-    for name in (f".x.partial-{dead}", f".x.partial-{host}-{dead}", f".x.partial-{host}-{os.getpid()}"):
+    here = f"{host}-{os.stat('/proc/self/ns/pid').st_ino}"
+    before = f".x.partial-{dead}"  # of an earlier release
+    for name in (before, f".x.partial-{here}-{dead}", f".x.partial-{here}-{os.getpid()}"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("")
-    (tmp_path / f".x.old-{host}-{dead}").mkdir()
-    (tmp_path / f".x.old-{host}-{dead}" / "a").write_text("old")  # killed between two renames
-    (tmp_path / f".file.partial-{host}-{dead}").write_text("half")
-    others = [f".x.partial-elsewhere-{dead}", f".x.partial-{host}-{os.getppid()}", f".xy.partial-{dead}", ".x.partial-"]
+    os.utime(tmp_path / before, (0, 0))
+    (tmp_path / f".x.old-{here}-{dead}").mkdir()
+    (tmp_path / f".x.old-{here}-{dead}" / "a").write_text("old")  # killed between two renames
+    (tmp_path / f".file.partial-{here}-{dead}").write_text("half")
+    others = [f".x.partial-elsewhere-{dead}", f".x.partial-{here}-{os.getppid()}", f".xy.partial-{dead}", ".x.partial-"]
+    # Of another container on a host of this name, and what may be at work in one.
+    others += [f".x.partial-{host}-1-{os.getpid()}", f".x.partial-0{dead}"]
     for name in others:
         (tmp_path / name).mkdir()
-    with pytest.raises(ValueError), atomic_folder(tmp_path / "x"):
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "x") as partial:
+        assert partial.name == f".x.partial-{here}-{os.getpid()}"
         assert (tmp_path / "x" / "a").read_text() == "old"
         raise ValueError
     with atomic_file(tmp_path / "file") as partial:
         partial.write_text("whole")
     assert tree(tmp_path) == {"x": False, "x/a": "old", "file": "whole"} | dict.fromkeys(others, False)
+
+
+def test_processes_are_told_apart_without_namespaces(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "stat", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    assert _hidden(tmp_path / "x", "old").name == f".x.old-{socket.gethostname()}-{os.getpid()}"
 
 
 def test_progress_is_said_where_nobody_looks(capsys, monkeypatch):

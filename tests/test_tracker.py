@@ -39,7 +39,7 @@ def test_nothing_to_find(tmp_path):
     assert last_step(tmp_path) == last_step(tmp_path / "none") == 0
 
 
-@pytest.mark.parametrize("content", ["two", "-3", "1.5", "٣"])
+@pytest.mark.parametrize("content", ["two", "-3", "1.5", "٣", "1" * 5000])
 def test_a_tracker_that_says_something_else_is_refused(folder, content):
     (folder / TRACKER).write_text(content)
     with pytest.raises(VirtualWidthError, match=r"cannot be read \(it names no checkpoint but .*\): .*\.$"):

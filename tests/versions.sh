@@ -31,7 +31,7 @@ for requirement in wanted:
         print(f"{found[1]}=={found[3]}")
 PYTHON
 fi
-"$python" -m pip install --quiet --disable-pip-version-check --upgrade --constraint "$constraints" --editable '.[train,study]' \
+"$python" -m pip install --quiet --disable-pip-version-check --upgrade --constraint "$constraints" --editable '.[train,data,study]' \
   hyper-connections psutil pytest pytest-xdist setuptools wheel
 "$python" -m pip check
 "$python" -m pip list --format freeze | grep -iE '^(torch|triton|transformers|megatron-core|hyper-connections|numpy)=='

@@ -44,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"torchrun.sh: {said}", file=sys.stderr)
         machine = options.machine or ("gpu" if options.dry_run else find_machine())
         arguments = recipe.arguments(transformer_engine=machine == "gpu")
-        command = node_command(recipe, arguments, options.rdzv_endpoint, options.rdzv_id or recipe.name)
+        endpoint = options.rdzv_endpoint
+        if options.dry_run and not endpoint and recipe.number("nodes") > 1:
+            endpoint = "HOST:PORT"
+            print(f"torchrun.sh: {endpoint} stands for one of the nodes, where all meet, and a port.", file=sys.stderr)
+        command = node_command(recipe, arguments, endpoint, options.rdzv_id or recipe.name)
         if options.dry_run:
             check_flags(arguments)
             print(describe(command))

@@ -1081,18 +1081,18 @@ class VWNForCausalLM(VWNPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The factor times the mean over depths of their loss; labels do not look into another packed sequence."""
         kwargs = {name: value for name, value in kwargs.items() if name != "shift_labels"}
+        ignored, count = kwargs.get("ignore_index", NO_LABEL), kwargs.get("num_items_in_batch")
         losses = []
         for depth, (logits, arguments) in enumerate(self._further(stream, input_ids, inputs_embeds, **kwargs)):
             shift, length = depth + 2, labels.shape[1]
             sequence = sequence_starts(**arguments).cumsum(-1)
-            ahead = F.pad(labels[:, shift:], (0, min(shift, length)), value=NO_LABEL)
+            ahead = F.pad(labels[:, shift:], (0, min(shift, length)), value=ignored)
             same = F.pad(sequence[:, shift:], (0, min(shift, length)), value=-1) == sequence
-            shifted = ahead.masked_fill(~same.to(ahead.device), NO_LABEL)
-            losses.append(
-                self.loss_function(
-                    logits=logits, labels=None, vocab_size=self.vocab_size, **(kwargs | {"shift_labels": shifted})
-                )
-            )
+            shifted = ahead.masked_fill(~same.to(ahead.device), ignored)
+            # A mean over no token would be NaN: a short batch has a next token and none behind it.
+            counted = (shifted != ignored).sum().clamp_min(1) if count is None else count
+            given = kwargs | {"shift_labels": shifted, "num_items_in_batch": counted}
+            losses.append(self.loss_function(logits=logits, labels=None, vocab_size=self.vocab_size, **given))
         return self.config.mtp_loss_scaling_factor * torch.stack(losses).mean()
 
 

@@ -20,6 +20,9 @@ from megatron_vwn.training.refusals.stages import (
 if TYPE_CHECKING:
     from megatron_vwn.recipes.recipe import Recipe
 
+# The pattern is one word of a command line, for which Linux has 131,071 bytes; half of them are for marks of stages.
+_MOST_SUBLAYERS = 60_000
+
 
 def hybrid_pattern(recipe: Recipe) -> str:
     """Megatron's ``--hybrid-layer-pattern``: layers, cut into pipeline stages by ``|``, and after ``/`` those of MTP.
@@ -219,6 +222,12 @@ def layer_kinds(recipe: Recipe) -> list[tuple[int, str]]:
             raise VirtualWidthError(
                 f"layers of {recipe.name} has the entry {entry!r}: write [how often, sublayers] such as [23, '*E']."
             )
+    sublayers = sum(count * len(kind) for count, kind in written)
+    if sublayers > _MOST_SUBLAYERS:
+        raise VirtualWidthError(
+            f"layers of {recipe.name} has {sublayers} sublayers, more than fit on a command line: give at most "
+            f"{_MOST_SUBLAYERS}."
+        )
     return [tuple(entry) for entry in written]
 
 

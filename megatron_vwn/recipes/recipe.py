@@ -84,7 +84,7 @@ class Recipe:
     @property
     def baseline(self) -> bool:
         """Whether the model has no virtual width."""
-        return all(value in (None, False) for value in self.sections["virtual_width"].values())
+        return not any(typed(*item) for item in self.sections["virtual_width"].items())
 
     @property
     def world_size(self) -> int:
@@ -186,12 +186,17 @@ def read_recipe(name: str, folder: Path = FOLDER) -> Recipe:
         raise VirtualWidthError(f"there is no recipe {name}: give the path of a YAML file, or a recipe's name.")
     content, written = _read(path, (), folder)
     stated = {key: _stated(key, value, path) for key, value in content.pop("stated", {}).items()}
-    sections = {section: content.get(section) or {} for section in SECTIONS}
+    sections = {
+        section: {key: value for key, value in content.get(section, {}).items() if value is not None}
+        for section in SECTIONS
+    }
     seen: dict[str, str] = {}
-    for name, section in sections.items():
-        for key in section:
-            if seen.setdefault(key, name) != name:
-                raise VirtualWidthError(f"{path} has {key} in the sections {seen[key]} and {name}: keep one of them.")
+    for section, values in sections.items():
+        for key in values:
+            if seen.setdefault(key, section) != section:
+                raise VirtualWidthError(
+                    f"{path} has {key} in the sections {seen[key]} and {section}: make one of them null."
+                )
     return Recipe(path.stem, sections, stated, written=written)
 
 
@@ -203,7 +208,7 @@ def _without_experts(recipe: Recipe) -> Recipe:
     """
     if recipe.get("num-experts"):
         return recipe
-    given = [key for key, value in recipe.flags.items() if value not in (None, False)]
+    given = [key for key, value in recipe.flags.items() if typed(key, value)]
     of_experts = [key for key in given if key.startswith(_EXPERTS_PREFIXES)]
     for key in of_experts:
         if key in recipe.written | recipe.overridden:

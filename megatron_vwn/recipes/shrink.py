@@ -17,6 +17,8 @@ from megatron_vwn.recipes.layout import check_stages, layer_kinds
 if TYPE_CHECKING:
     from megatron_vwn.recipes.recipe import Recipe
 
+# Layers that are added until they fill the stages; more than 1024 stages are left to the check of the layout.
+_MOST_TRIES = 4096
 # Smallest value, and what the result is a multiple of.
 _SIZES = {
     "kv-channels": (8, 8),
@@ -101,7 +103,8 @@ def _dependent(recipe: Recipe, factor: int, heads_per_group: int) -> dict[str, o
 def _layers(recipe: Recipe, factor: int) -> list[list]:
     """Each kind of layer at least once; the last kind as often as it takes to fill the stages."""
     layers = [[max(1, count // factor), sublayers] for count, sublayers in layer_kinds(recipe)]
-    for _ in range(4 * recipe.number("pipeline-model-parallel-size") * recipe.number("stages-per-rank", 1)):
+    stages = recipe.number("pipeline-model-parallel-size") * recipe.number("stages-per-rank", 1)
+    for _ in range(min(4 * stages, _MOST_TRIES)):
         try:
             check_stages(recipe.with_values({"layers": layers}))
         except VirtualWidthError:

@@ -8,6 +8,9 @@ from fractions import Fraction
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import Value
 
+# Of r and m. Python would compute the power of ten of a longer one for hours.
+_NUMBER = re.compile(r"-?\d{0,9}(\.\d{0,9}|/\d{1,9})?")
+
 
 def expand_grid(grid: Mapping[str, Value], shared: Mapping[str, Value]) -> list[tuple[str, dict[str, Value]]]:
     """All combinations of a grid's values, each with a name made of those keys that have several.
@@ -20,11 +23,13 @@ def expand_grid(grid: Mapping[str, Value], shared: Mapping[str, Value]) -> list[
         Names and flags: r of 8, "projected" and False of vwn-reduce-norm make ``r8-projected-no-reduce-norm``.
 
     Raises:
-        VirtualWidthError: an r that no n gives, or a key without values.
+        VirtualWidthError: an r that no n gives, or that stands beside vwn-n, or a key without values.
     """
     for key, values in grid.items():
         if values == []:
             raise VirtualWidthError(f"{key} has no values in the grid: give some, or leave it out.")
+    if "r" in grid and "vwn-n" in grid:
+        raise VirtualWidthError("the grid has both r and vwn-n, which r gives: keep one of them.")
     choices = {key: values if isinstance(values, list) else [values] for key, values in grid.items()}
     expanded = []
     for values in itertools.product(*choices.values()):
@@ -39,12 +44,18 @@ def expand_grid(grid: Mapping[str, Value], shared: Mapping[str, Value]) -> list[
 
 def _segments(r: Value, m: Value) -> int:
     try:
-        n = Fraction(str(r)) * Fraction(str(m))
+        n = _fraction(r) * _fraction(m)
     except (ValueError, ZeroDivisionError):
         raise VirtualWidthError(f"r = {r} with vwn-m = {m} is no width: give numbers to both in the grid.") from None
     if n.denominator != 1:
         raise VirtualWidthError(f"r = {r} with vwn-m = {m} gives {float(n):g} segments: choose r m whole.")
     return int(n)
+
+
+def _fraction(value: Value) -> Fraction:
+    if not _NUMBER.fullmatch(str(value)):
+        raise ValueError(value)
+    return Fraction(str(value))
 
 
 def _word(key: str, value: Value) -> str:

@@ -40,7 +40,7 @@ class Variant:
     @property
     def is_baseline(self) -> bool:
         """Whether the model has no virtual width."""
-        return not any(key.startswith(PREFIXES) and value not in (None, False) for key, value in self.flags.items())
+        return not any(key.startswith(PREFIXES) and typed(key, value) for key, value in self.flags.items())
 
     @property
     def steps(self) -> int:

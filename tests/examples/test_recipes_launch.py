@@ -62,6 +62,17 @@ def test_dry_runs_print_the_stored_commands(name):
     assert printed(name) == (Path(__file__).parent / "launch" / f"{name}.txt").read_text()
 
 
+def test_a_dry_run_of_many_nodes_needs_no_place_to_meet(capsys, monkeypatch):
+    monkeypatch.setattr(torchrun, "check_flags", lambda arguments: None)
+    assert torchrun.main(["moe-0.4b-4b", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "    --rdzv-endpoint HOST:PORT \\\n" in out
+    assert err == "torchrun.sh: HOST:PORT stands for one of the nodes, where all meet, and a port.\n"
+    assert torchrun.main(["moe-0.4b-4b", "--dry-run", "nodes=1"]) == 0
+    out, err = capsys.readouterr()
+    assert "--standalone" in out and err == ""
+
+
 def refusal(capsys, *words: str) -> str:
     """The one sentence with which a real start is refused, before anything is started."""
     assert torchrun.main(list(words)) == torchrun.REFUSED

@@ -176,6 +176,15 @@ def test_further_predictions_of_packed_sequences_stay_in_them():
     torch.testing.assert_close(packed, sum(alone))
 
 
+def test_further_predictions_without_a_label_add_nothing():
+    model, labels = build("dense, MTP twice").train(), PROMPT.clone()
+    alone = model.eval()(PROMPT[:, :2], labels=labels[:, :2]).loss
+    assert torch.equal(model.train()(PROMPT[:, :2], labels=labels[:, :2]).loss, alone)
+    labels[:, 2:6] = -100
+    expected = model(PROMPT, labels=labels).loss
+    assert torch.equal(model(PROMPT, labels=labels.clamp_min(0), ignore_index=0).loss, expected)
+
+
 def test_further_predictions_can_be_left_as_they_are():
     model = build("dense, MTP twice", mtp_loss_scaling_factor=0).train()
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}

@@ -41,7 +41,7 @@ def test_a_base_beside_the_file_comes_first(write):
         ("base: ../b/b.yaml\n", "has itself as its base"),
         ("model: {lr: 1}\nmodel: {lr: 2}\n", "the key 'model' stands in line 1 and again in line 2"),
         ("model:\n  a: 1\n  b: 2\n  a: 1\n", "the key 'a' stands in line 2 and again in line 4"),
-        ("base: common\nrun: {weight-decay: 0}\n", "has weight-decay in the sections optimizer and run: keep one"),
+        ("base: common\nrun: {weight-decay: 0}\n", "has weight-decay in the sections optimizer and run: make one of"),
         ("model: {lr: {a: 1}}\n", "lr in the section model of"),
         ("model: {7: 1}\n", "7 in the section model of"),
         ("model: [a]\n", "the section model of"),
@@ -57,6 +57,12 @@ def test_a_file_that_cannot_be_meant_is_refused(write, text, said):
     assert said in str(refusal.value)
 
 
+def test_null_makes_room_for_a_key_in_another_section(write):
+    own = write("base: common\noptimizer: {weight-decay: null}\nrun: {weight-decay: 0}\n")
+    assert read_recipe(own).flags["weight-decay"] == 0
+    assert read_recipe(own).with_values({"weight-decay": 1}).flags["weight-decay"] == 1  # where it stands
+
+
 def test_a_dense_model_leaves_out_what_its_base_says_of_experts(write):
     recipe = load_recipe(write(DENSE))
     assert set(recipe.left_out) > {"moe-router-topk", "expert-model-parallel-size", "moe-grouped-gemm"}
@@ -70,6 +76,7 @@ def test_a_dense_model_leaves_out_what_its_base_says_of_experts(write):
     [
         (DENSE, ["moe-router-topk=2"], "moe-router-topk of own says nothing without num-experts"),
         (DENSE.replace("mtp: null,", "moe-ffn-hidden-size: 64, mtp: null,"), [], "moe-ffn-hidden-size of own says"),
+        (DENSE, ["moe-aux-loss-coeff=0"], "moe-aux-loss-coeff of own says nothing without num-experts"),
         (DENSE, ["expert-model-parallel-size=2"], "expert-model-parallel-size is 2, but there are no experts"),
         (DENSE.replace("mtp: null,", ""), [], "the sublayer E (experts) needs --num-experts"),
     ],

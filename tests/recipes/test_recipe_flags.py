@@ -62,6 +62,7 @@ def test_several_values():
         (["vwn-n=null"], [], "--vwn-m says nothing without --vwn-n"),
         (["vwn-ngrams=2,x"], [], "no list of whole numbers"),
         (["layers=[[2, '']]"], [], "has the entry [2, '']"),
+        (["layers=[[30001, '*-']]"], [], "has 60002 sublayers, more than fit on a command line: give at most 60000."),
         (["layers=[[2, '*Q']]"], [], "has 'Q', which is no sublayer"),
         (["hybrid-layer-pattern=*E/"], [], "has a part without sublayers"),
         (["layers=[[4, '*-']]", "mtp=null"], [], "--num-experts finds no sublayer E"),
@@ -71,6 +72,12 @@ def test_what_cannot_be_meant_is_refused(words, flags, said):
     with pytest.raises(VirtualWidthError) as refusal:
         load_recipe("moe-0.4b-4b", words, flags)
     assert said in str(refusal.value)
+
+
+def test_shrinking_ends_where_layers_cannot_fill_the_stages():
+    words = ["nodes=1000000000", "gpus-per-node=1", "pipeline-model-parallel-size=1000000000"]
+    with pytest.raises(VirtualWidthError, match="layers cannot be divided into 1000000000 equal stages"):
+        load_recipe("dense-1b", words, shrink=64)
 
 
 def test_files_are_read_as_written():

@@ -84,6 +84,8 @@ def test_the_studies_of_the_checkout_are_what_they_say():
         ({"grid": {"r": [2, 4]}}, "give numbers to both"),
         ({"grid": {"r": ["two", 4], "vwn-m": 2}}, "give numbers to both"),
         ({"grid": {"r": [], "vwn-m": 2}}, "r has no values"),
+        ({"grid": {"r": ["1e99999"], "vwn-m": 2}}, "r = 1e99999 with vwn-m = 2 is no width"),
+        ({"grid": {"r": 2, "vwn-m": 2, "vwn-n": 8}}, "has both r and vwn-n"),
         ({"grid": {"n": [2, 4]}}, "write vwn-m and vwn-n, or r in a grid"),
         ({"flags": FLAGS | {"seed": 3}}, "has seed, which vwn-study gives to every run"),
         ({"flags": {"lr": 1.0}}, "train-iters of base"),
