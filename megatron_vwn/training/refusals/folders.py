@@ -20,7 +20,7 @@ _WRITTEN = ("save", "non_persistent_global_ckpt_dir", "logits_save_dir")
 # By the last rank alone, or only where a data set has no index yet; other nodes need no more than a folder there.
 _WRITTEN_ELSEWHERE = ("tensorboard_dir", "wandb_save_dir", "data_cache_path")
 _NO_ROOM = 64 * 2**20  # bytes; the writers of a node leave no more between them
-_SAVING = re.compile(r", in (save_checkpoint|\w*finalize)")  # the frame of a traceback
+_SAVING = re.compile(r", in (save_checkpoint|maybe_finalize_async)")  # the frame of a traceback
 _READ = ("load", "pretrained_checkpoint")
 
 

@@ -66,10 +66,11 @@ inference_fuse_tp_communication inference_disable_triton_nvls_kernels inference_
 inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type nccl_all_reduce_for_prefill
 mlp_chunks_for_prefill moe_pad_experts_for_cuda_graph_inference cache_mla_latents
 make_vocab_size_divisible_by vocab_size should_pad_vocab
-quant_recipe hybrid_stack_spec
 """
-MAY_DIFFER = frozenset(f"{_LAYOUT} {_KERNELS} {_MEMORY} {_ELSEWHERE}".split())
-"""Fields that leave the function alone."""
+# What was read from the files and code that _NAMES name, which are compared in their place.
+_READ = "quant_recipe hybrid_stack_spec"
+MAY_DIFFER = frozenset(f"{_LAYOUT} {_KERNELS} {_MEMORY} {_ELSEWHERE} {_READ}".split())
+"""Fields that leave the function alone, or are compared by name."""
 
 # What a later phase of a training changes on purpose: longer contexts, other weights of losses, other precision.
 _SAID = """
