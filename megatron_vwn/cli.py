@@ -4,12 +4,13 @@ Nothing here imports torch or Megatron: the programs refuse what they can before
 """
 
 import ctypes
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from megatron_vwn.config import VirtualWidthError
 
@@ -93,10 +94,19 @@ def progress_bar[T](
         yield item
 
 
-def end_with_parent() -> None:
-    """In a child before it becomes another program: have the kernel end it when its parent dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(number: int, parent: int) -> None:
+    """In a child: have the kernel (Linux) send it a signal when its parent dies, even by SIGKILL.
+
+    The kernel takes the thread that started the child for the parent, so children must be started from the main thread.
+
+    Args:
+        number: of the signal.
+        parent: id of that process, which may have died already.
+    """
+    with suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 @contextmanager

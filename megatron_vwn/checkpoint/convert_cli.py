@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vwn.cli import DIFFERENT, FAILED, end_with_parent, exit_code, progress_bar
+from megatron_vwn.cli import DIFFERENT, FAILED, die_with_parent, exit_code, progress_bar
 from megatron_vwn.config import VirtualWidthError
 
 if TYPE_CHECKING:
@@ -92,7 +95,8 @@ def _verify(megatron: Path, hugging_face: Path) -> None:
     print("vwn-convert: running both models to compare their logits.", file=sys.stderr, flush=True)
     program = [sys.executable, "-W", "ignore", "-m", "megatron_vwn.checkpoint.verify"]
     # Ctrl-C reaches this process alone, which then ends the other.
-    code = subprocess.run([*program, megatron, hugging_face], process_group=0, preexec_fn=end_with_parent).returncode
+    end = partial(die_with_parent, signal.SIGTERM, os.getpid())
+    code = subprocess.run([*program, megatron, hugging_face], process_group=0, preexec_fn=end).returncode
     if code == DIFFERENT:
         raise _Difference("the two checkpoints do not compute the same: nothing was written.")
     if code:

@@ -7,13 +7,13 @@ worker import it, and would copy each mapped index into every worker.
 """
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
+
+from megatron_vwn.data.apart import end_with_parent
 
 
 class _SharedByPath:
@@ -125,9 +125,8 @@ class WindowSource:
         for number in self.ignored_signals:
             signal.signal(number, signal.SIG_IGN)
         # A worker waits for work in shared memory and would outlive a process that was killed.
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        if multiprocessing.parent_process() is not None:
+            end_with_parent()
 
     def __call__(self, batch) -> list[np.ndarray]:
         """Windows [sequence_length + 1] int32 of the micro-batch that ``batch`` (nvidia.dali.types.BatchInfo) numbers.

@@ -1,17 +1,13 @@
 """Helpers of Megatron's checkpoint writer outlive a rank that is killed, and may hold the memory of its GPU."""
 
-import ctypes
 import inspect
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.managers import SyncManager
 
+from megatron_vwn.cli import die_with_parent
 from megatron_vwn.megatron_fixes.repair import repair
-
-_PR_SET_PDEATHSIG = 1
 
 
 def end_helpers_with_their_rank() -> None:
@@ -27,12 +23,9 @@ def end_helpers_with_their_rank() -> None:
         caller.async_loop = _Loop(caller.async_loop)
 
 
-def end_with_parent() -> None:
+def _end_with_rank() -> None:
     """End this process, one that multiprocessing started, as soon as its parent has ended."""
-    with suppress(OSError, AttributeError):  # no Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_with_parent(signal.SIGKILL, multiprocessing.parent_process().pid)
 
 
 def _from_server_that_ends(stock: Callable) -> Callable:
@@ -43,7 +36,7 @@ def _from_server_that_ends(stock: Callable) -> Callable:
             given = inspect.signature(stock).bind(*args, **kwargs)
             given.apply_defaults()
             server = SyncManager(ctx=multiprocessing.get_context(given.arguments["mp_mode"]))
-            server.start(end_with_parent)
+            server.start(_end_with_rank)
             filesystem_async._results_queue = server.Queue()
         return stock(*args, **kwargs)
 
@@ -57,7 +50,7 @@ class _Loop:
         self.__wrapped__ = stock
 
     def __call__(self, *args, **kwargs) -> None:
-        end_with_parent()
+        _end_with_rank()
         self.__wrapped__(*args, **kwargs)
 
     def __reduce__(self):

@@ -144,6 +144,13 @@ USES = (
         "megatron_fixes/children.py",
         "replace",
     ),
+    Use(
+        _CORE + "dist_checkpointing.strategies.torch",
+        "_get_filesystem_reader",
+        ("checkpoint_dir", ...),
+        "megatron_fixes/extra_states.py",
+        "call",
+    ),
     Use("megatron.training.checkpointing", "maybe_msc", PRESENT, "megatron_fixes/tracker.py", "replace"),
     # What the model replaces and overrides.
     Use(_HYBRID, "LanguageModelEmbedding", "type", "modules/model.py", "replace"),
@@ -156,6 +163,13 @@ USES = (
         "override",
     ),
     Use(_HYBRID + ".HybridModel", "mtp_process", ATTRIBUTE, "modules/model.py", "read"),
+    Use(
+        _CORE + "models.common.language_module.language_module.LanguageModule",
+        "compute_language_model_loss",
+        ("self", "labels", "logits"),
+        "modules/vocabulary.py",
+        "replace",
+    ),
     Use(
         _CORE + "models.hybrid.hybrid_block.HybridStack",
         "forward",

@@ -1,13 +1,17 @@
 """Megatron fails on a checkpoint without ``_extra_state`` entries, of which only FP8 with delayed scaling needs any."""
 
+import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from torch.distributed.checkpoint import FileSystemReader
+from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 
+from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.megatron_fixes.repair import repair
+from megatron_vwn.tracker import RELEASE
 
 _SUFFIX = "_extra_state"
 
@@ -23,8 +27,9 @@ def _load_what_is_there(stock: Callable) -> Callable:
         dict_list_map_inplace(lambda entry: asked.append(entry) or entry, sharded_state_dict)
         names = {entry.unique_key for entry in asked if _is_extra_state(entry)}
         if names:
-            missing = names - FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
+            missing = names - _get_filesystem_reader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
         if missing:
+            _refuse_lost_history(missing, checkpoint_dir)
             logging.getLogger(__name__).warning(
                 "%d of %d extra states are not in %s: their layers begin with fresh ones, which FP8 alone would notice",
                 len(missing),
@@ -42,6 +47,20 @@ def _load_what_is_there(stock: Callable) -> Callable:
         return stock(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     return load
+
+
+def _refuse_lost_history(missing: set[str], folder: str) -> None:
+    """Refuse to resume FP8 with delayed scaling, whose scales come from the largest values of the steps before."""
+    with contextlib.suppress(ImportError, AssertionError):  # no training
+        from megatron.training import get_args
+
+        args = get_args()
+        if args.fp8 and args.fp8_recipe == "delayed" and not (args.finetune or Path(folder).name == RELEASE):
+            raise VirtualWidthError(
+                f"{folder} lacks {len(missing)} extra states, and with them the largest values that FP8 with delayed "
+                "scaling computes its scales from: give another --load or --fp8-recipe, or add --finetune to begin "
+                "anew with the checkpoint's weights."
+            )
 
 
 def _is_extra_state(entry: object) -> bool:

@@ -4,18 +4,23 @@ Data that were exchanged under their name would be read in the order of document
 IndexError. The repair adds the content to the name: data of other sequences have another index, and it is made.
 """
 
+import errno
 import hashlib
 import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.data.indexed import default_index_cache
 from megatron_vwn.megatron_fixes.repair import repair
+
+# A fault of reading leaves a whole index, which other runs may be using.
+_COULD_NOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def find_sample_indices_by_content() -> None:
@@ -32,8 +37,9 @@ def _named_by_content(stock: Callable) -> Callable:
         try:
             # Megatron makes the name of an index, and the name of a blend's, from this path, which it opens nowhere.
             stock(self, indexed_dataset, path, *arguments, **named)
-        except OSError:
-            _remove_half(self)
+        except OSError as error:
+            if error.errno in _COULD_NOT_WRITE and _writes():
+                _remove_half(self)
             raise
         except (EOFError, ValueError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
@@ -50,6 +56,11 @@ def _named_by_content(stock: Callable) -> Callable:
 def _fingerprint(indexed_dataset: IndexedDataset) -> str:
     """Of the lengths of all sequences: a sample index is computed from them, and from nothing else in the data."""
     return hashlib.blake2b(indexed_dataset.sequence_lengths.data, digest_size=16).hexdigest()
+
+
+def _writes() -> bool:
+    """Whether this rank makes the indices, which the others wait for and read."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _folder(dataset: gpt_dataset.GPTDataset) -> Path:

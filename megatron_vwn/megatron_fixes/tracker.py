@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.training import checkpointing
 
-from megatron_vwn.tracker import TRACKER, tracked, whole_steps
+from megatron_vwn.tracker import RELEASE, TRACKER, tracked, whole_steps
 
 
 def write_tracker_beside() -> None:
@@ -38,7 +38,7 @@ class _Files:
                 _open_tracker(Path(path), mode) if _is_tracker(path) else stock(path, mode, *args, **kwargs)
             )
         if name == "os":
-            return _Changed(os, path=_Changed(os.path, isfile=_is_file, exists=_is_file_or_folder))
+            return _Changed(os, path=_Changed(os.path, isfile=_is_file, exists=_exists))
         return stock
 
 
@@ -64,8 +64,9 @@ def _is_file(path: Any) -> bool:
     return tracked(folder) is not None or bool(whole_steps(folder))
 
 
-def _is_file_or_folder(path: Any) -> bool:
-    return _is_file(path) if _is_tracker(path) else os.path.exists(path)
+def _exists(path: Any) -> bool:
+    """Of a tracker: whether it names a step, whose checkpoint Megatron deletes with ``--save-retain-interval``."""
+    return tracked(Path(path).parent) not in (None, RELEASE) if _is_tracker(path) else os.path.exists(path)
 
 
 def _open_tracker(path: Path, mode: str) -> contextlib.AbstractContextManager[TextIO]:

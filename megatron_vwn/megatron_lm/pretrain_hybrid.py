@@ -25,6 +25,7 @@ from megatron_vwn.training.model import model_config_from_args
 from megatron_vwn.training.ranks import say_refusal
 from megatron_vwn.training.refusals.checkpoint import read_checkpoint, refuse_other_width
 from megatron_vwn.training.refusals.megatron import quoting_megatron
+from megatron_vwn.training.refusals.refuse import refuse_vocabulary
 from megatron_vwn.training.run import Run, pipeline_arguments
 
 
@@ -58,6 +59,7 @@ def parse_and_validate_args(
                 "the flag."
             )
         run.build_tokenizer()
+        refuse_vocabulary(run)
     return run.args
 
 

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from megatron_vwn.cli import end_with_parent
+from megatron_vwn.cli import die_with_parent
 from megatron_vwn.training.log_lines import ENVIRONMENT
 
 _TAIL = 15
@@ -46,7 +47,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches the study alone, which then ends what it started.
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM, os.getpid()),
                 pass_fds=tuple(keep_open),
             )
 

@@ -6,6 +6,7 @@ packed head to tail into samples of ``--seq-length`` tokens.
 """
 
 import argparse
+import errno
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -66,6 +67,8 @@ def train_valid_test_datasets_provider(
         if not isinstance(error.__cause__, OSError):
             raise
         what, advice = "written", "give a folder that has room with --data-cache-path"
+        if error.__cause__.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "give a folder that may be written to with --data-cache-path"
         if args.dataloader_fast_cache_load and isinstance(error.__cause__, FileNotFoundError):
             what, advice = "read", "run once without --dataloader-fast-cache-load, which makes them"
         raise VirtualWidthError(

@@ -42,8 +42,11 @@ def say_interrupted(argv: Sequence[str]) -> None:
 
 
 def say_refusal(refusal: VirtualWidthError) -> int:
-    """Print a refusal once for every node; returns the exit code that this process must then end with."""
-    # Before process groups exist all ranks of a node reach the same refusal; later it may concern one rank alone.
+    """Print a refusal; returns the exit code that this process must then end with.
+
+    Before process groups exist all ranks of a node reach the same refusal, which is printed once. Later it may be one
+    rank's alone, as where that rank reads a damaged part of a checkpoint, so every rank prints what it meets.
+    """
     if not torch.distributed.is_initialized() and not first_of_node():
         # torchrun ends all ranks as soon as one has ended, and that must not be before the refusal is printed.
         time.sleep(_SECONDS_TO_BE_ENDED)

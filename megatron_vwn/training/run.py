@@ -67,6 +67,8 @@ def run(argv: Sequence[str], *, gpu: bool) -> int:
         this.build()
         try:
             this.train()
+        except VirtualWidthError:
+            raise
         except (Exception, CheckpointException) as error:
             if line := explain_full_disk(error, this.args.save):
                 print(f"megatron_vwn: {line} ({kept_traceback(error)}).", file=sys.stderr, flush=True)

@@ -142,7 +142,7 @@ def test_the_training_of_a_tokenizer_can_be_ended(tmp_path, capsys):
     timer = threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM))
     begin = time.monotonic()
     timer.start()
-    assert main([str(tmp_path / "a.txt"), *flags]) in (130, 143)
+    assert main([str(tmp_path / "a.txt"), *flags]) == 143
     assert time.monotonic() - begin < 60  # the library takes minutes and hears nothing
     assert capsys.readouterr().err == "vwn-prepare-data: interrupted; nothing was written.\n"
     assert os.listdir(tmp_path) == ["a.txt"]

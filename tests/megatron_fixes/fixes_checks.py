@@ -5,10 +5,12 @@ such that pytest does not collect it.
 """
 
 import ast
+import errno
 import inspect
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -38,7 +40,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
 import megatron_vwn
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.data.indexed import default_index_cache
-from megatron_vwn.megatron_fixes import apply_fixes, extra_states, torch_adam
+from megatron_vwn.megatron_fixes import apply_fixes, extra_states, sample_index, torch_adam
 from megatron_vwn.megatron_fixes.contract import USES, drift
 from megatron_vwn.megatron_fixes.resharding import _finds_states_behind_padding, _with_padding
 from megatron_vwn.modules.embedding import OverWidthEmbedding
@@ -197,6 +199,23 @@ def test_a_full_disk_leaves_no_half_of_an_index(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize(("number", "rank"), [(errno.EACCES, 0), (errno.ENOSPC, 1)])
+def test_an_index_that_cannot_be_read_stays(number, rank, tmp_path, monkeypatch):
+    apply_fixes()
+    write_data(tmp_path / "a", [30] * 40)
+    read_data(tmp_path / "a", cache=tmp_path / "cache")
+    files = sorted(os.listdir(tmp_path / "cache"))
+
+    def deaf(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        patched.setattr(sample_index, "_writes", lambda: rank == 0)
+        patched.setattr(np, "load", deaf)
+        read_data(tmp_path / "a", cache=tmp_path / "cache")
+    assert sorted(os.listdir(tmp_path / "cache")) == files
+
+
 def test_leaves_fused_adam_alone(monkeypatch):
     before = state()
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
@@ -316,12 +335,16 @@ def test_a_lost_tracker_means_the_newest_whole_checkpoint(tmp_path, lost):
         Path(tracker).touch()
     checkpoint(tmp_path, 7)
     checkpoint(tmp_path, 12)
-    assert checkpointing.checkpoint_exists(tmp_path) and checkpointing.maybe_msc.os.path.exists(tracker)
+    assert checkpointing.checkpoint_exists(tmp_path)
+    # Where it exists, --save-retain-interval deletes the checkpoint that it names.
+    assert not checkpointing.maybe_msc.os.path.exists(tracker)
     assert checkpointing.read_metadata(tracker) == (12, False)
     Path(tracker).write_text("7")
     assert checkpointing.read_metadata(tracker) == (7, False)
+    assert checkpointing.maybe_msc.os.path.exists(tracker)
     Path(tracker).write_text("release")
     assert checkpointing.read_metadata(tracker) == (0, True)
+    assert not checkpointing.maybe_msc.os.path.exists(tracker)  # no number
 
 
 def test_the_tracker_is_whole_at_every_moment(tmp_path):
@@ -374,6 +397,26 @@ def test_a_checkpoint_may_lack_extra_states(tmp_path):
     load = extra_states._load_what_is_there(lambda state, folder: state)
     state = load({"model": {"a": there, "b": lost, "c": vital}}, str(tmp_path))["model"]
     assert state["a"] is there and state["c"] is vital and state["b"].unwrap() is None
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"), [({}, True), ({"finetune": True}, False), ({"fp8_recipe": "tensorwise"}, False)]
+)
+def test_fp8_does_not_resume_without_its_history(more, refused, tmp_path, monkeypatch):
+    given = {"fp8": "hybrid", "fp8_recipe": "delayed", "finetune": False}
+    monkeypatch.setattr("megatron.training.get_args", lambda: SimpleNamespace(**given | more))
+    monkeypatch.setattr(
+        extra_states,
+        "_get_filesystem_reader",  # as of an object storage, whose paths no file system knows
+        lambda folder: SimpleNamespace(read_metadata=lambda: SimpleNamespace(state_dict_metadata={})),
+    )
+    state = {"a": ShardedObject("a._extra_state", None, (1,), (0,))}
+    load = extra_states._load_what_is_there(lambda state, folder: state)
+    if refused:
+        with pytest.raises(VirtualWidthError, match=r"lacks 1 extra states.*--fp8-recipe, or add --finetune.*\.$"):
+            load(state, "msc://a/iter_0000002")
+    else:
+        assert load(state, "msc://a/iter_0000002")["a"].unwrap() is None
 
 
 def adam():

@@ -175,6 +175,19 @@ def refused(argv: list[str]) -> tuple[object, str]:
     return None, printed.getvalue()
 
 
+def data_of_another_tokenizer() -> str:
+    """The prefix of a document with a token id that no row of a table is for."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(FOLDER / "data")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_document(torch.full((999,), 60_000), [999])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
 def main() -> None:
     found = {"patched": run_patched()}
     import torch
@@ -186,9 +199,11 @@ def main() -> None:
     torch.distributed.destroy_process_group()
     if RANK == 0:  # the others would wait for the first to have said it
         machine = ["--transformer-impl", "local", "--no-persist-layer-norm", "--distributed-backend", "gloo"]
+        on_data = [flag for flag in FLAGS if flag != "--mock-data"]
         found["refused"] = {
             "unknown flag": refused([*FLAGS, *WIDE, "--modelopt-enabled"]),
             "segments": refused([*FLAGS, "--vwn-m", "3", "--vwn-n", "6"]),
+            "other tokenizer": refused([*on_data, *WIDE, *machine, "--data-path", data_of_another_tokenizer()]),
             "wide checkpoint": refused([*FLAGS, *machine, "--load", str(FOLDER / "checkpoints")]),
         }
     (FOLDER / f"rank{RANK}.json").write_text(json.dumps(found))

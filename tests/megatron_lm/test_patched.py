@@ -107,6 +107,7 @@ def test_refusals_are_one_sentence(session):
     for name, words in {
         "unknown flag": "--modelopt-enabled",
         "segments": "--vwn-m 3",
+        "other tokenizer": "60000",
         "wide checkpoint": "was trained with --vwn-m 2 --vwn-n 4",
     }.items():
         code, said = session[1][0]["refused"][name]

@@ -33,6 +33,7 @@ from megatron_vwn.training.refusals import folders as folder_checks  # noqa: E40
 from megatron_vwn.training.refusals import (  # noqa: E402
     function,
     monitoring,
+    optimizer,
     unknown,
 )
 from megatron_vwn.training.refusals.megatron import quoting_megatron  # noqa: E402
@@ -127,7 +128,7 @@ def fault_of_the_machine():
 
 def full_disk():
     """What is said of an error that names the fault, of one that hides it on a full disk, and of another fault."""
-    free = [10**9, 1000, 10**9]
+    free = [1000, 1000, 10**9]
     errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("<class 'OSError'>"), RuntimeError("NaN")]
     said = []
     for bytes_free, error in zip(free, errors, strict=True):
@@ -136,6 +137,62 @@ def full_disk():
         ):
             said.append(folder_checks.explain_full_disk(error, "/some/folder"))
     return said
+
+
+def full_disk_elsewhere(folder):
+    """Exit codes and sentences of runs that meet a full disk: at their data, which is a refusal or not, and saving."""
+
+    def save_checkpoint_and_time():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    found = []
+    for end in (
+        VirtualWidthError("the sample indices cannot be written ([Errno 28] No space left on device): give a folder."),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        save_checkpoint_and_time,
+    ):
+        this = mock.Mock(spec=run.Run, args=Namespace(save=folder))
+        this.train.side_effect = end
+        said = io.StringIO()
+        with mock.patch.object(run.Run, "parse", return_value=this), contextlib.redirect_stderr(said):
+            try:
+                found.append([run.run([], gpu=False), said.getvalue()])
+            except OSError as error:
+                found.append([repr(error), said.getvalue()])
+    return found
+
+
+def parts_of_a_schedule():
+    """What of two runs' schedules and optimizers differs, and whether the data of a run that goes on may end early."""
+    plain = dict.fromkeys((*optimizer._LENGTH, *optimizer._SCHEDULE))
+    in_samples = [Namespace(**plain | {"train_samples": 64, "global_batch_size": size}) for size in (4, 8)]
+    early = []
+    for more in ({}, {"dataloader_type": "cyclic"}, {"step_batch_size_schedule": "0:2 8:4"}, {"train_samples": 64}):
+        given = {"train_samples": None, "dataloader_type": "single", "step_batch_size_schedule": None}
+        now = Namespace(**given | {"global_batch_size": 2} | more)
+        saved = resume.Checkpoint("folder", True, Namespace(consumed_train_samples=8), iteration=2)
+        try:
+            optimizer._refuse_want_of_data(saved, now)
+            early.append(False)
+        except VirtualWidthError:
+            early.append(True)
+    where = {"main_grads_dtype", "use_torch_optimizer_for_cpu_offload"} & set(optimizer._COMPARED)
+    return [optimizer._schedule(in_samples[0]) == optimizer._schedule(in_samples[1]), early, sorted(where)]
+
+
+def moved_files(argv):
+    """What a run says of a checkpoint whose arguments name a file or code that are gone."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        this = run.Run.parse(argv, gpu=False)
+        this.check()
+    found = []
+    for change in ({"te_precision_config_file": "/gone.yaml"}, {"spec": ["no.such.module", "layers"]}):
+        saved = resume.Checkpoint(this.args.load, True, Namespace(**vars(this.checkpoint.args) | change))
+        try:
+            found.append(function.refuse_other_function(saved, this.args))
+        except VirtualWidthError as refusal:
+            found.append(str(refusal))
+    return found
 
 
 def fields_of_a_model():
@@ -268,6 +325,9 @@ def main(cases_file, results_file):
     results["later megatron"] = with_a_later_megatron([*cases["model"], "--vwn-m", "2", "--vwn-n", "6"])
     results["other vocabulary"] = other_vocabulary()
     results["full disk of a checkpoint"], results["fields"] = full_disk(), fields_of_a_model()
+    results["full disk elsewhere than --save"] = full_disk_elsewhere(str(Path(cases_file).parent))
+    results["parts of a schedule"] = parts_of_a_schedule()
+    results["moved files"] = moved_files(cases["argv"]["resume"])
     results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
     results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()

@@ -480,6 +480,25 @@ def test_a_full_disk_is_said_and_no_other_fault(prepared):
     assert other is None
 
 
+def test_a_full_disk_elsewhere_is_not_the_checkpoint_s(prepared):
+    refused, raised, saving = prepared["full disk elsewhere than --save"]
+    assert refused[0] == 2 and refused[1].startswith("megatron_vwn: the sample indices cannot be written")
+    assert raised == ["OSError(28, 'No space left on device')", ""]
+    assert saving[0] == 1 and saving[1].startswith("megatron_vwn: No space left on device: ")
+
+
+def test_a_schedule_in_samples_leaves_the_size_of_batches_free(prepared):
+    equal, ends_early, compared = prepared["parts of a schedule"]
+    assert equal and ends_early == [True, False, False, False]
+    assert compared == []  # they say where gradients and the optimizer are
+
+
+def test_a_checkpoint_may_name_files_that_are_gone(prepared):
+    file, code = prepared["moved files"]
+    assert file == ["te_precision_config_file /gone.yaml -> None"]
+    assert "was trained with spec = ['no.such.module', 'layers'], but this run has spec = None: give" in code
+
+
 def test_says_what_is_trained_and_which_flags_were_added(prepared):
     added, stream = prepared["full recompute"]["said"]
     assert "--distributed-backend gloo" in added and "there is no GPU" in added

@@ -7,6 +7,7 @@ its first checkpoint.
 import argparse
 import errno
 import os
+import re
 import shutil
 import traceback
 from pathlib import Path
@@ -19,6 +20,7 @@ _WRITTEN = ("save", "non_persistent_global_ckpt_dir", "logits_save_dir")
 # By the last rank alone, or only where a data set has no index yet; other nodes need no more than a folder there.
 _WRITTEN_ELSEWHERE = ("tensorboard_dir", "wandb_save_dir", "data_cache_path")
 _NO_ROOM = 64 * 2**20  # bytes; the writers of a node leave no more between them
+_SAVING = re.compile(r", in (save_checkpoint|maybe_finalize_async)")  # the frame of a traceback
 _READ = ("load", "pretrained_checkpoint")
 
 
@@ -53,13 +55,15 @@ def explain_full_disk(error: BaseException, folder: str | None) -> str | None:
     if folder is None or is_object_storage_path(folder):
         return None
     free = shutil.disk_usage(first_that_exists(Path(folder)))
+    no_room = free.free < min(_NO_ROOM, free.total // 100)
     reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
     text = "".join(traceback.format_exception(error))
     reason = next((reason for reason in reasons if reason in text), None)
     # A writer's process or thread hands on no more than the kind of the error; the disk is still as it left it.
-    if reason is None and free.free < min(_NO_ROOM, free.total // 100):
+    if reason is None and no_room:
         reason = reasons[0]
-    if reason is None:
+    # Another folder's disk may be full: that of the sample indices, say.
+    if reason is None or not (no_room or _SAVING.search(text)):
         return None
     return (
         f"{reason}: {folder} cannot take the checkpoint ({free.free / 2**20:.1f} MiB are free): make room and start "

@@ -67,8 +67,10 @@ inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type nc
 mlp_chunks_for_prefill moe_pad_experts_for_cuda_graph_inference cache_mla_latents
 make_vocab_size_divisible_by vocab_size should_pad_vocab
 """
-MAY_DIFFER = frozenset(f"{_LAYOUT} {_KERNELS} {_MEMORY} {_ELSEWHERE}".split())
-"""Fields that leave the function alone."""
+# What was read from the files and code that _NAMES name, which are compared in their place.
+_READ = "quant_recipe hybrid_stack_spec"
+MAY_DIFFER = frozenset(f"{_LAYOUT} {_KERNELS} {_MEMORY} {_ELSEWHERE} {_READ}".split())
+"""Fields that leave the function alone, or are compared by name."""
 
 # What a later phase of a training changes on purpose: longer contexts, other weights of losses, other precision.
 _SAID = """
@@ -81,7 +83,7 @@ moe_expert_rank_capacity_factor dsa_indexer_loss_coeff dsa_indexer_use_sparse_lo
 qk_clip qk_clip_alpha qk_clip_threshold
 fp16 bf16 params_dtype pipeline_dtype enable_autocast autocast_dtype disable_bf16_reduced_precision_matmul
 fp8 fp8_recipe fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_output_proj
-fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red fp4 fp4_recipe fp4_param quant_recipe
+fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red fp4 fp4_recipe fp4_param
 first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 activation_func_fp8_input_store
 use_kitchen use_kitchen_attention kitchen_attention_backend fp32_residual_connection attention_softmax_in_fp32
 apply_query_key_layer_scaling moe_router_dtype moe_router_padding_for_quantization moe_router_padding_for_fp8
@@ -100,6 +102,11 @@ moe_latent_size mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
 """
 _STRUCTURE = frozenset(_SHAPES.split())
 
+# Arguments that name a recipe, a file or code: the configuration holds what they stand for, which cannot be compared,
+# and a checkpoint's file need not be there any more.
+_RECIPES = ("te_precision_config_file", "kitchen_config_file", "kitchen_recipe_number")
+_NAMES = (*_RECIPES, "spec")
+
 
 def refuse_other_function(checkpoint: Checkpoint, args: argparse.Namespace) -> list[str]:
     """Refuse a run that would go on with another function than the checkpoint's.
@@ -117,16 +124,16 @@ def refuse_other_function(checkpoint: Checkpoint, args: argparse.Namespace) -> l
     if checkpoint.args is None:
         return []
     with quoting_megatron():
-        ours = _configuration(args)
+        ours = _configuration(args, read=args)
     try:
-        theirs = _configuration(checkpoint.completed_args(args))
-    except (AssertionError, ValueError, AttributeError, TypeError) as error:
+        theirs = _configuration(checkpoint.completed_args(args), read=args)
+    except (AssertionError, ValueError, AttributeError, TypeError, OSError, ImportError) as error:
         raise VirtualWidthError(
             f"the arguments of the checkpoint in {checkpoint.folder} describe no model that this Megatron builds "
             f"({error}): load it with the Megatron that saved it, or give another --load."
         ) from error
     changed = [name for name in theirs if name not in MAY_DIFFER and theirs[name] != ours.get(name)]
-    said = set() if checkpoint.weights_alone(args) else set(changed) - SAID
+    said = set() if checkpoint.weights_alone(args) else set(changed) - SAID - set(_RECIPES)
     if "learned_absolute" in (theirs["position_embedding_type"], ours["position_embedding_type"]):
         said |= {"seq_length"} & set(changed)  # it is a shape of a tensor
     refused = [name for name in changed if name in said or name in _STRUCTURE]
@@ -140,13 +147,17 @@ def refuse_other_function(checkpoint: Checkpoint, args: argparse.Namespace) -> l
     return [f"{name} {_word(theirs[name])} -> {_word(ours[name])}" for name in changed]
 
 
-def _configuration(args: argparse.Namespace) -> dict[str, object]:
-    """Every field of the model that validated arguments describe."""
+def _configuration(args: argparse.Namespace, read: argparse.Namespace) -> dict[str, object]:
+    """Every field of the model that validated arguments describe, and what they name; ``read`` names what is read."""
+    names = {name: getattr(args, name, None) for name in _NAMES}
     args = copy.copy(args)
+    for name in _NAMES:
+        setattr(args, name, getattr(read, name, None))
     args.padded_vocab_size = 1  # the tokenizer, which decides on it, is not built yet
     model = model_config_from_args(args, None)
     found = {each.name: getattr(model.transformer, each.name) for each in fields(model.transformer)}
     found |= {each.name: getattr(model, each.name) for each in fields(model) if each.name != "transformer"}
+    found |= names
     found["hybrid_layer_pattern"] = args.hybrid_layer_pattern.replace("|", "")  # stages are the layout's
     return found
 

@@ -39,7 +39,7 @@ _AT_ONCE = """
 clip_grad grad_norm_skip_threshold loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
 overlap_param_gather overlap_param_gather_with_optimizer_step overlap_cpu_optimizer_d2h_h2d pin_cpu_grads
 pin_cpu_params reuse_grad_buf_for_mxfp8_param_ag optimizer_cuda_graph log_num_zeros_in_grad barrier_with_L1_time timers
-config_logger_dir fp8_recipe muon_fp32_matmul_prec muon_tp_mode
+config_logger_dir fp8_recipe muon_fp32_matmul_prec muon_tp_mode main_grads_dtype use_torch_optimizer_for_cpu_offload
 """
 _FREE = frozenset((*_AT_ONCE.split(), *_SCHEDULE))
 _COMPARED = (*(each.name for each in fields(OptimizerConfig) if each.name not in _FREE), "no_weight_decay_cond_type")
@@ -105,11 +105,14 @@ def _refuse_other_state(folder: str, saved: argparse.Namespace, args: argparse.N
 
 
 def _refuse_want_of_data(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """A run that counts steps makes a data set of so many batches, of which larger batches have used more."""
+    """A run that counts steps makes a data set of so many batches, of which larger batches have used more.
+
+    A cyclic loader begins again, and batches that grow are of no one size.
+    """
     used = checkpoint.completed_args(args).consumed_train_samples
     if (
         checkpoint.iteration is not None
-        and not args.train_samples
+        and not (args.train_samples or args.dataloader_type == "cyclic" or args.step_batch_size_schedule)
         and used > checkpoint.iteration * args.global_batch_size
     ):
         raise VirtualWidthError(
@@ -122,8 +125,8 @@ def _refuse_want_of_data(checkpoint: Checkpoint, args: argparse.Namespace) -> No
 def _schedule(args: argparse.Namespace) -> dict[str, object]:
     """The schedule's arguments, as Megatron completes them when it builds the schedule."""
     found = {name: getattr(args, name) for name in (*_LENGTH, *_SCHEDULE)}
-    if found["train_samples"]:
-        found["train_iters"] = None
+    if found["train_samples"]:  # the schedule is in samples, however many are in a step
+        found["train_iters"] = found["global_batch_size"] = None
     for unit, length in (("iters", "train_iters"), ("samples", "train_samples")):
         # Of a run that says nothing else, the schedule is as long as the training: one difference, not two.
         if found[f"lr_decay_{unit}"] == found[length]:
