@@ -4,8 +4,9 @@ The names of ``__all__`` are imported when they are first used: without a GPU, `
 before the first import of Megatron, and ``Connection`` works where Megatron is not installed.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from megatron_vwn.lazy import lazily
 
 if TYPE_CHECKING:
     from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
@@ -38,11 +39,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -54,7 +54,7 @@ def choose_path(output: Path | None, mode: str, device, *, committed: bool, over
     from megatron_vwn.benchmark import machine
 
     words = mode if device is None else f"{mode} {machine.device_name(device)}"
-    name = f"{re.sub('[^a-z0-9_]+', '-', words.lower()).strip('-')}.json"
+    name = file_name(words)
     path = output or (RESULTS / name if committed else Path("results") / name)
     if path.is_dir():
         raise VirtualWidthError(f"--output {path} is a folder: give the path of a file.")
@@ -67,6 +67,11 @@ def choose_path(output: Path | None, mode: str, device, *, committed: bool, over
     if not os.access(path.parent, os.W_OK):
         raise VirtualWidthError(f"--output {path} cannot be written: choose a folder that can.")
     return path
+
+
+def file_name(words: str) -> str:
+    """The name of a JSON file about something."""
+    return f"{re.sub('[^a-z0-9_]+', '-', words.lower()).strip('-')}.json"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

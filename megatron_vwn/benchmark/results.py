@@ -64,7 +64,7 @@ def commit(content: Mapping, folder: Path = report.RESULTS, factors: Path = cali
         raise VirtualWidthError("nothing in this file was measured on a GPU: there is nothing to commit.")
     written = []
     for name, result in measured.items():
-        path = folder / f"{_plain(result['hardware']['name'])}-{_plain(name)}.json"
+        path = folder / report.file_name(f"{result['hardware']['name']} {name}")
         write_json(path, result)
         written.append(path)
     gpu = kind(content)
@@ -88,10 +88,6 @@ def _results(content: Mapping) -> dict[str, dict]:
 
 def _on_a_gpu(result: Mapping) -> bool:
     return result.get("program") == "vwn-benchmark" and result["hardware"]["device"] == "cuda"
-
-
-def _plain(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
 def _head(content: Mapping) -> Iterator[str]:

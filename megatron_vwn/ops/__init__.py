@@ -7,8 +7,9 @@ makes a ``torch.nn.Module`` of them, ``megatron_vwn.Connection``. Names are impo
 needs no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from megatron_vwn.lazy import lazily
 
 if TYPE_CHECKING:
     from megatron_vwn.ops.dispatch import (
@@ -39,16 +40,8 @@ __all__ = [
     "write_read",
 ]
 
-_HOMES = {
-    "ConnectionParameters": "parameters",
-    "Gates": "parameters",
-    "average_copies": "eager",
-    "tile": "eager",
-}
+_HOMES = dict.fromkeys(__all__, "megatron_vwn.ops.dispatch")
+_HOMES |= dict.fromkeys(("average_copies", "tile"), "megatron_vwn.ops.eager")
+_HOMES |= dict.fromkeys(("ConnectionParameters", "Gates"), "megatron_vwn.ops.parameters")
 
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'dispatch')}"), name)
-    return value
+__getattr__ = lazily(__name__, _HOMES)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_vwn.benchmark.arguments import PAIRS
+from megatron_vwn.benchmark.report import file_name
 from megatron_vwn.benchmark.results import GPU_HOUR
 from megatron_vwn.recipes.recipe import load_recipe
 
@@ -99,7 +100,7 @@ def _sanitizer(output: Path, rehearse: bool) -> list[Step]:
 
 def _measured(output: Path, rehearse: bool, name: str, seconds: float, *words: str, environment=None) -> Step:
     """A step of ``vwn-benchmark kernels``."""
-    path = output / f"{_plain(name)}.json"
+    path = output / file_name(name)
     # --tokens 9: no tile fits, so that a rehearsal shows more than the easiest case.
     small = "--pairs 2,3 --hidden-size 32 --tokens 9 --dtype fp32 --rounds 2 --warmup 1"
     size = small.split() if rehearse else ["--hidden-size", "2048", "--rounds", "11"]
@@ -131,7 +132,7 @@ def _tuning(output: Path, rehearse: bool) -> list[Step]:
 
 def _layers(output: Path, rehearse: bool) -> list[Step]:
     def layer(name: str, *words: str) -> Step:
-        path = output / f"layer-{_plain(name)}.json"
+        path = output / file_name(f"layer {name}")
         rounds = ["--rounds", "2", "--warmup", "1"] if rehearse else ["--rounds", "7"]
         command = _benchmark("layer", *words, *rounds, "--output", str(path), "--overwrite")
         return Step(f"layer, {name}", 60, [command], _report_of(path, _overheads))
@@ -304,10 +305,6 @@ def _python(*words: object) -> list[str]:
 
 def _benchmark(*words: str) -> list[str]:
     return _python("-W", "ignore", "-m", "megatron_vwn.benchmark", *words)
-
-
-def _plain(name: str) -> str:
-    return name.replace(" ", "-").replace(",", "")
 
 
 def _cores() -> int:

@@ -69,6 +69,16 @@ def losses_of(session: harness.Session, step: int = 0) -> list[float]:
     return [loss, *(harness.further_losses(session) if session.config.mtp_num_layers else [])]
 
 
+def expect_losses(session: harness.Session, losses: list[float]) -> tuple[dict, list[str], float]:
+    """A forward and backward pass has these losses; gradients, what replicas differ in, their tolerance."""
+    actual = losses_of(session)
+    gradients, unequal = harness.collect(session, "gradients")
+    loss_tolerance, gradient_tolerance = BF16_TOLERANCES if session.config.bf16 else FP32_TOLERANCES
+    off = [abs(a - e) / e for a, e in zip(actual, losses, strict=True)]
+    expect(max(off) <= loss_tolerance, f"losses {actual} instead of {losses}")
+    return gradients, unequal, gradient_tolerance
+
+
 def within(errors: dict[str, float], tolerance: float) -> str:
     """The worst error as text; Different names what is beyond the tolerance."""
     beyond = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance}
@@ -82,11 +92,7 @@ def parity(layout: Layout, case: Case) -> str:
     parameters, losses, gradients = reference(_without_layout(case))
     session = harness.build(layout, case, seed=2)
     harness.load_globals(session, parameters)
-    actual = losses_of(session)
-    actual_gradients, unequal = harness.collect(session, "gradients")
-    loss_tolerance, gradient_tolerance = BF16_TOLERANCES if session.config.bf16 else FP32_TOLERANCES
-    off = [abs(a - e) / e for a, e in zip(actual, losses, strict=True)]
-    expect(max(off) <= loss_tolerance, f"losses {actual} instead of {losses}")
+    actual_gradients, unequal, gradient_tolerance = expect_losses(session, losses)
     expect(not unequal, f"gradients differ between replicas of {unequal}")
     errors = harness.relative_errors(actual_gradients, gradients)
     vwn = [key for key in errors if harness.is_virtual_width(key)]
@@ -270,10 +276,8 @@ def next_token_with_and_without_further_predictions() -> str:
 
 def padded_vocabulary(layout: Layout, case: Case) -> str:
     """Rows that pad a vocabulary for more ranks change neither losses nor gradients, and get none themselves."""
-    exact = harness.build(ALONE, case)
-    parameters, _ = harness.collect(exact)
-    losses = losses_of(exact)
-    gradients, _ = harness.collect(exact, "gradients")
+    parameters, losses, gradients = reference(case)
+    parameters = dict(parameters)
     padding = harness.VOCABULARY // 2
     padded = case.but(_rows=harness.VOCABULARY + padding, _tokens=harness.VOCABULARY)
     session = harness.build(layout, padded, seed=2)
@@ -283,11 +287,7 @@ def padded_vocabulary(layout: Layout, case: Case) -> str:
         width = parameters[key].shape[1]
         parameters[key] = torch.cat([parameters[key], torch.randn(padding, width, generator=generator)])
     harness.load_globals(session, parameters)
-    actual = losses_of(session)
-    actual_gradients, _ = harness.collect(session, "gradients")
-    loss_tolerance, gradient_tolerance = BF16_TOLERANCES if session.config.bf16 else FP32_TOLERANCES
-    off = [abs(a - e) / e for a, e in zip(actual, losses, strict=True)]
-    expect(max(off) <= loss_tolerance, f"losses {actual} instead of {losses}")
+    actual_gradients, _, gradient_tolerance = expect_losses(session, losses)
     learned = [key for key in tables if actual_gradients[key][harness.VOCABULARY :].any()]
     expect(tables and not learned, f"rows that pad get gradients: {learned}")
     for key in tables:
