@@ -64,15 +64,18 @@ def factors_of(results: Iterable[Mapping], gpu: str) -> dict[Pass, Factor]:
         gpu: kind of the GPU that measured them.
     """
     ratios: dict[Pass, list[float]] = {}
-    wanted = {"op": "write_read", "variant": "triton", "dtype": "bfloat16", "status": "measured"}
-    for row in results:
-        if any(row[key] != value for key, value in wanted.items()):
-            continue
+    for row in filter(comparable, results):
         ratios.setdefault(row["pass"], []).append(row["seconds"]["median"] / modelled_seconds(row, gpu))
     return {
         direction: Factor(math.exp(sum(map(math.log, each)) / len(each)), min(each), max(each), len(each))
         for direction, each in ratios.items()
     }
+
+
+def comparable(row: Mapping) -> bool:
+    """Whether a row of such a report was measured and is of what the model predicts."""
+    wanted = {"op": "write_read", "variant": "triton", "dtype": "bfloat16", "status": "measured"}
+    return all(row[key] == value for key, value in wanted.items())
 
 
 def modelled_seconds(row: Mapping, gpu: str) -> float:

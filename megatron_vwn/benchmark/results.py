@@ -118,7 +118,7 @@ def _kernels(content: Mapping) -> Iterator[str]:
             if row["status"] != "measured":
                 continue
             seconds, predicted = row["seconds"]["median"], ""
-            if gpu and row["variant"] == "triton" and row["op"] == "write_read" and row["dtype"] == "bfloat16":
+            if gpu and calibration.comparable(row):
                 modelled = calibration.modelled_seconds(row, gpu)
                 predicted = f"{1e6 * modelled:.0f} ({seconds / modelled:.2f})"
             variant = f"{row['variant']}{', tuned' if name == TUNED else ''}"

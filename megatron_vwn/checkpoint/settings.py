@@ -112,7 +112,7 @@ def check_arguments(saved: Mapping[str, object], parser: argparse.ArgumentParser
     """
     for action in parser._actions:
         value = saved.get(action.dest)
-        if value is None or action.dest not in saved:
+        if value is None:
             continue
         # Validation makes one value of a list of one, and lists of expressions.
         if not all(_can_be(action, each) for each in _each(value)):

@@ -714,10 +714,10 @@ class VWNModel(VWNPreTrainedModel):
 
     def __init__(self, config: VWNConfig):
         super().__init__(config)
-        self.table_width = config.over_width if config.vwn_embedding == "wide" else config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, self.table_width, config.pad_token_id)
+        table_width = config.over_width if config.vwn_embedding == "wide" else config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, table_width, config.pad_token_id)
         learned = config.position_embedding_type == "learned_absolute"
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, self.table_width) if learned else None
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, table_width) if learned else None
         self.embed_expansion = VWNExpansion(config) if config.vwn_embedding == "projected" else None
         self.embed_ngrams = VWNNGramEmbedding(config) if config.vwn_ngrams else None
         self.layers = build_layers(config, config.hybrid_pattern)
@@ -894,7 +894,7 @@ def sequence_starts(
 
 def mask_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """NO_TOKEN in place of padding, as far as a mask [batch, sequence] tells."""
-    if attention_mask is None or not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
+    if not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
         return input_ids
     return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, NO_TOKEN)
 
@@ -911,7 +911,7 @@ def load_balancing_loss(
     scores_TX = scores_TX / (scores_TX.sum(-1, keepdim=True) + 1e-20)
     chosen_TX = torch.zeros_like(scores_TX).scatter_(1, scores_TX.topk(config.num_experts_per_tok).indices, 1.0)
     counted_T1 = scores_TX.new_ones(len(scores_TX), 1)
-    if attention_mask is not None and torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+    if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
         sequence = len(router_logits[0]) // len(attention_mask)
         mask = attention_mask[:, -sequence:].reshape(-1, 1).to(counted_T1)
         counted_T1 = mask.repeat(len(router_logits), 1)

@@ -14,13 +14,12 @@ from megatron_vwn.study.curves import Curve, Estimate, estimate
 from megatron_vwn.study.events import VALIDATION, LoggedRun
 from megatron_vwn.study.families import fit_families
 from megatron_vwn.study.fit import Fit
-from megatron_vwn.study.growth import constant_until, ratios
+from megatron_vwn.study.growth import Seed, constant_until, ratios
 
 AXES = ("tokens", "seconds", "FLOPs")
 # Of the baseline's whole training; single steps say little.
 SMOOTHING = 0.05
 _TRAINING, _SECOND = "lm loss", "mtp_1 loss"
-Seed = int | None
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gpu.steps import GPU_HOUR, Step, steps
+from gpu.steps import Step, steps
 
 from megatron_vwn.atomic import write_json
 from megatron_vwn.benchmark.report import table
+from megatron_vwn.benchmark.results import GPU_HOUR
 from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
 

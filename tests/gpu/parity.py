@@ -16,14 +16,14 @@ if not torch.cuda.is_available():
 from ops.kernel_cases import PRODUCT, TOLERANCE, Case
 from ops.kernel_checks import check_group_norm, check_odd_inputs, check_parity, check_repeats
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from megatron_vwn.benchmark.arguments import DTYPES
 
 
 def checks(options: argparse.Namespace, device: str):
     """(name, errors by name, tolerance) of each case, computed when it is asked for."""
     m, n = map(int, options.pair.split(","))
     for name in options.dtypes:
-        case = Case(m, n, DTYPES[name], options.tokens, options.hidden_size // m, "tanh, full")
+        case = Case(m, n, getattr(torch, DTYPES[name]), options.tokens, options.hidden_size // m, "tanh, full")
         yield case.name, lambda case=case: check_parity(case, device), TOLERANCE[case.dtype]
     if not options.more:
         return

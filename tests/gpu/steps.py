@@ -15,10 +15,8 @@ from pathlib import Path
 
 from megatron_vwn.benchmark.arguments import PAIRS
 from megatron_vwn.benchmark.report import file_name
-from megatron_vwn.benchmark.results import GPU_HOUR
 from megatron_vwn.recipes.recipe import load_recipe
 
-__all__ = ["GPU_HOUR", "Step", "steps"]
 HERE = Path(__file__).parent
 NAMES = [f"{m},{n}" for m, n in PAIRS]
 SANITIZED = ["2,3", "4,16", "8,64"]  # one of each family of kernels
