@@ -136,6 +136,11 @@ class VirtualWidthConfig:
         """Columns of A that carry the stream: n, or 0 where the carry is the identity and has no parameters."""
         return 0 if self.carry == "identity" else self.n
 
+    @property
+    def norm_group(self) -> int:
+        """Segments of one group of a group norm: m, or all n where n is no multiple of m."""
+        return self.m if self.n % self.m == 0 else self.n
+
     def linear_divisor(self, fan_in: int) -> float:
         """What the stored deviation of W_expand or W_reduce, which sums over so many channels, is divided by."""
         return fan_in**0.5 if self.linear == "scaled" else 1.0

@@ -13,7 +13,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 # Megatron keeps a step in 64 bits.
 _NAMED = re.compile(rf"[0-9]{{1,18}}|{RELEASE}")
-_STEP = re.compile(r"iter_(\d{7,})")
+_STEP = re.compile(r"iter_\d{7,}")
 
 
 def tracked(folder: Path) -> str | None:
@@ -43,7 +43,7 @@ def whole_steps(folder: Path) -> list[int]:
     Megatron writes metadata.json when everything else is there.
     """
     return sorted(
-        int(_STEP.fullmatch(path.name)[1])
+        int(path.name.removeprefix("iter_"))
         for path in steps_begun(folder)
         if (path / "metadata.json").is_file() and (path / ".metadata").is_file()
     )

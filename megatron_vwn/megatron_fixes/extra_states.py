@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.strategies.torch import _get_filesystem_reader
 
 from megatron_vwn.config import VirtualWidthError
@@ -23,9 +23,8 @@ def load_without_extra_states() -> None:
 
 def _load_what_is_there(stock: Callable) -> Callable:
     def load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
-        asked, missing = [], set()
-        dict_list_map_inplace(lambda entry: asked.append(entry) or entry, sharded_state_dict)
-        names = {entry.unique_key for entry in asked if _is_extra_state(entry)}
+        missing = set()
+        names = {entry.unique_key for entry in nested_values(sharded_state_dict) if _is_extra_state(entry)}
         if names:
             missing = names - _get_filesystem_reader(checkpoint_dir).read_metadata().state_dict_metadata.keys()
         if missing:

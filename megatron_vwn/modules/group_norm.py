@@ -21,7 +21,7 @@ class GroupNorm(PartitionedModule):
         self, config: TransformerConfig, virtual_width: VirtualWidthConfig, pg_collection: ProcessGroupCollection
     ):
         super().__init__(config, virtual_width, pg_collection)
-        self.group = virtual_width.m if virtual_width.n % virtual_width.m == 0 else virtual_width.n
+        self.group = virtual_width.norm_group
         over_width = virtual_width.over_width(config.hidden_size)
         self.add_parameter("weight", over_width, value=1.0)
         self.register_parameter("bias", None)

@@ -141,7 +141,7 @@ class Run:
         if not self.simulated:
             self._find_start()
         refuse(self)
-        untested = [f"{describe_untested(self.args)}."] if self.args.allow_untested else []
+        untested = describe_untested(self.args) if self.args.allow_untested else None
         with quoting_megatron():
             validate_args(self.args)
         if self.simulated:
@@ -151,8 +151,8 @@ class Run:
             say(f"{describe_virtual_width(self.args, self.virtual_width)}; {kernels}")
         for cost in (*untested_packages(), *self._fallbacks()):
             say(f"warning: {cost}.")
-        for line in untested:
-            say(line)
+        if untested is not None:
+            say(f"{untested}.")
         changes = refuse_other_training(self)
         if self.checkpoint is not None:
             say(describe_start(self.checkpoint, self.args, *changes))
@@ -206,11 +206,10 @@ class Run:
 
     def _fallbacks(self) -> list[str]:
         """What runs more slowly here than it could, and what that costs."""
-        local = local_layers_cost(self.args, gpu=self.gpu)
-        kernels = []
+        costs = [local_layers_cost(self.args, gpu=self.gpu)]
         if self.virtual_width is not None:
-            kernels = kernel_fallbacks(self.args, self.virtual_width, gpu=self.gpu)
-        return [*([] if local is None else [local]), *kernels]
+            costs += kernel_fallbacks(self.args, self.virtual_width, gpu=self.gpu)
+        return [cost for cost in costs if cost is not None]
 
     def _find_start(self) -> None:
         """Look at the checkpoint, and take arguments from it if asked to."""

@@ -59,9 +59,8 @@ def kernel_fallbacks(args: argparse.Namespace, virtual_width: VirtualWidthConfig
     if reason is not None:
         warnings.append(f"{COST_OF_TORCH} ({reason})")
     has_norm = virtual_width.reduce_norm or "/" in (args.hybrid_layer_pattern or "")
-    group = virtual_width.m if virtual_width.n % virtual_width.m == 0 else virtual_width.n
     no_norm = why_not_group_norm_kernel(
-        group * virtual_width.segment_size(args.hidden_size),
+        virtual_width.norm_group * virtual_width.segment_size(args.hidden_size),
         layer_norm=args.normalization == "LayerNorm",
         sums_over_ranks=_splits_width(args, virtual_width),
     )

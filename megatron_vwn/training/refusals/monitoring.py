@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.refusals.folders import first_that_exists
 
 _FIRST_EVENTS = 1 << 18  # bytes: Megatron's arguments and the first steps
 
@@ -42,8 +43,7 @@ def check_event_folder(args: argparse.Namespace) -> None:
     path = args.tensorboard_dir
     if not path or is_object_storage_path(path) or last_of_node < int(os.environ.get("WORLD_SIZE", "1")) - 1:
         return
-    folder = Path(os.path.abspath(path))
-    folder = next(each for each in (folder, *folder.parents) if each.is_dir())
+    folder = first_that_exists(Path(path))
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_FIRST_EVENTS))

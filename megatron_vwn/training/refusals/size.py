@@ -27,7 +27,7 @@ def refuse_too_large(args: argparse.Namespace, virtual_width: VirtualWidthConfig
     if args.hidden_size is None:
         return
     m, n = virtual_width.m, virtual_width.n
-    coefficients = n * (2 * m + (0 if virtual_width.carry == "identity" else n))
+    coefficients = n * (2 * m + virtual_width.num_carry)
     sublayers = sum(symbol not in (Symbols.PIPE, Symbols.MTP_SEPARATOR) for symbol in pattern_of(args))
     tables = len(virtual_width.ngrams) * (virtual_width.ngram_vocab or 0) / args.tensor_model_parallel_size
     own = sublayers / args.pipeline_model_parallel_size * coefficients

@@ -32,8 +32,7 @@ def refuse_unknown(args: argparse.Namespace) -> None:
 
 def describe_untested(args: argparse.Namespace) -> str:
     """What --allow-untested lets through."""
-    megatron = untested_megatron()
-    let_through = [*([] if megatron is None else [megatron]), *unknown_flags(args)]
+    let_through = filter(None, (untested_megatron(), *unknown_flags(args)))
     return f"{ALLOW_UNTESTED} lets through: {', '.join(let_through) or 'nothing here'}"
 
 
