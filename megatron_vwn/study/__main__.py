@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_vwn.cli import FAILED, exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
-from megatron_vwn.study.plan import Run, Study, check_data, load_study
+from megatron_vwn.study.plan import Run, Study, check_data, load_study, repeated_data
 
 # What the package's extra "study" installs; training needs none of it.
 _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
@@ -33,6 +33,8 @@ def _run(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.data)
     runs = study.runs(options.only)
     check_data(study)
+    for said in repeated_data(study):
+        print(f"# {said}", flush=True)
     if options.dry_run:
         check_flags(_all_flags(study))
         _print_plan(study, runs, options.output)

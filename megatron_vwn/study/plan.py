@@ -13,12 +13,25 @@ from pathlib import Path
 import yaml
 
 from megatron_vwn.config import LARGEST_SEED, VirtualWidthError
+from megatron_vwn.data.indexed import check_indexed_dataset
 from megatron_vwn.recipes.flags import EachKeyOnce, Value, read_yaml_file, typed
 from megatron_vwn.recipes.width import PREFIXES, check_virtual_width
 from megatron_vwn.study.grid import expand_grid
 from megatron_vwn.training.refusals.stages import check_pattern
 
-_KEYS = ("title", "ranks", "seeds", "baseline", "data", "made-by", "keep-checkpoints", "flags", "variants", "grid")
+_KEYS = (
+    "base",
+    "title",
+    "ranks",
+    "seeds",
+    "baseline",
+    "data",
+    "made-by",
+    "keep-checkpoints",
+    "flags",
+    "variants",
+    "grid",
+)
 # Each run has its own; a study could not find its runs again.
 _RESERVED = ("seed", "save", "load", "tensorboard-dir")
 _PREFIXES = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
@@ -124,12 +137,7 @@ def load_study(path: Path, data: str | None = None) -> Study:
     Raises:
         VirtualWidthError: no readable study, unknown keys, names that repeat, values that make no run.
     """
-    content = read_yaml_file(path, lambda text: yaml.load(text, EachKeyOnce))  # a safe loader
-    for key in content:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(_KEYS)}."
-            raise VirtualWidthError(f"{path} has the key {key!r}: {advice}")
+    content = _content(path)
     prefix = data if data is not None else _text(path, "data", content.get("data"))
     shared = _flags(path, "flags", content.get("flags") or {})
     variants = []
@@ -176,6 +184,48 @@ def check_data(study: Study) -> None:
         for name in needed:
             if not Path(name).exists():
                 raise VirtualWidthError(f"{name} is not there: {advice}, or give its prefix by --data.")
+
+
+def _content(path: Path) -> dict:
+    """A file's keys on top of its base's: flags one by one, variants and grid together, all others whole."""
+    own = _read(path)
+    if own.get("base") is None:
+        return own
+    source = path.parent / str(_text(path, "base", own["base"]))
+    if not source.is_file():
+        raise VirtualWidthError(f"{path} has the base {own['base']}, which is no file beside it: correct its name.")
+    base = _read(source)
+    if base.get("base") is not None:
+        raise VirtualWidthError(f"{source}, the base of {path}, has a base: name that one, and all that differs.")
+    if own.keys() & {"variants", "grid"}:
+        base = {key: value for key, value in base.items() if key not in ("variants", "grid")}
+    flags = [_flags(each, "flags", content.get("flags")) for each, content in ((source, base), (path, own))]
+    return base | own | {"flags": flags[0] | flags[1]}
+
+
+def _read(path: Path) -> dict:
+    content = read_yaml_file(path, lambda text: yaml.load(text, EachKeyOnce))  # a safe loader
+    for key in content:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(_KEYS)}."
+            raise VirtualWidthError(f"{path} has the key {key!r}: {advice}")
+    return content
+
+
+def repeated_data(study: Study) -> list[str]:
+    """A sentence on each training set, blends apart, that has fewer tokens than a run reads."""
+    sets: dict[str, int] = {}
+    for variant in study.variants:
+        prefix = variant.flags.get("train-data-path")
+        if isinstance(prefix, str):
+            sets[prefix] = max(sets.get(prefix, 0), variant.steps * variant.tokens_per_step)
+    held = {prefix: check_indexed_dataset(prefix).tokens for prefix in sets}
+    return [
+        f"{prefix} has {held[prefix]:,} tokens and a run reads {read:,}: it sees each {read / held[prefix]:.1f} times."
+        for prefix, read in sets.items()
+        if read > held[prefix]
+    ]
 
 
 def _variant(path: Path, name: str, flags: dict[str, Value], prefix: str | None) -> Variant:

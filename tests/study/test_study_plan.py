@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from megatron_vwn.config import VirtualWidthError
+from megatron_vwn.data.indexed import IndexedDatasetSize
 from megatron_vwn.recipes.flags import EachKeyOnce
 from megatron_vwn.study import __main__ as program
+from megatron_vwn.study import plan
 from megatron_vwn.study.plan import load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "study"
@@ -69,7 +73,36 @@ def test_the_studies_of_the_checkout_are_what_they_say():
     assert tiny.variants[0].flags["train-data-path"] == "data/austen_train"
     assert tiny.variants[0].tokens_per_step == 1024 and len(tiny.runs()) == 15
     ablation = load_study(EXAMPLES / "ablation.yaml")
-    assert "mtp-num-layers" not in ablation.variants[0].flags and len(ablation.runs()) == 21
+    assert "mtp-num-layers" not in ablation.variants[0].flags and len(ablation.runs()) == 27
+    for name, lr in (("small", 1.5e-3), ("gpu", 1e-3)):
+        study, rates = load_study(EXAMPLES / f"{name}.yaml"), load_study(EXAMPLES / f"{name}-lr.yaml")
+        assert [len(study.runs()), len(rates.runs())] == [{"small": 12, "gpu": 15}[name], 3]
+        assert rates.variants[0].flags == study.variants[0].flags | {"lr": lr, "min-lr": pytest.approx(lr / 10)}
+
+
+def test_a_base_gives_what_a_study_does_not_say(tmp_path):
+    write(tmp_path, data="d", grid={"r": [2, 4], "vwn-m": 2}).rename(tmp_path / "base.yaml")
+    path = tmp_path / "study.yaml"
+    path.write_text("base: base.yaml\nseeds: [7]\nflags: {lr: 5.0, seq-length: 32}\n")
+    study = load_study(path)
+    assert [each.name for each in study.variants] == ["base", "r2", "r4"] and study.seeds == (7,)
+    assert study.variants[0].flags == FLAGS | {"lr": 5.0, "seq-length": 32} and study.title == "study"
+    path.write_text("base: base.yaml\nbaseline: plain\nvariants: {plain: {}}\n")
+    assert [(each.name, each.flags) for each in load_study(path).variants] == [("plain", FLAGS)]
+
+
+@pytest.mark.parametrize(("base", "said"), [("none.yaml", "which is no file beside it"), ("study.yaml", "has a base:")])
+def test_a_base_that_cannot_be_one_is_refused(tmp_path, base, said):
+    with pytest.raises(VirtualWidthError, match=said):
+        load_study(write(tmp_path, base=base))
+
+
+def test_data_that_a_run_sees_twice_is_said(tmp_path, monkeypatch):
+    study = load_study(write(tmp_path, flags=FLAGS | {"train-data-path": "text"}))  # 8 steps of 4 sequences of 16
+    for tokens, said in ((512, []), (100, ["text has 100 tokens and a run reads 512: it sees each 5.1 times."])):
+        size = IndexedDatasetSize(1, tokens, np.dtype(np.uint16))
+        monkeypatch.setattr(plan, "check_indexed_dataset", lambda prefix, size=size: size)
+        assert plan.repeated_data(study) == said
 
 
 @pytest.mark.parametrize(
