@@ -2,6 +2,7 @@
 
 vwn-study run STUDY.yaml --output DIR [--dry-run] [--only NAME] [--jobs N]
 vwn-study time STUDY.yaml --output DIR
+vwn-study keep DIR --output FOLDER
 vwn-study report DIR... [--baseline NAME] [--output FOLDER]
 
 A study that was interrupted or killed goes on where it was; done runs are left alone. The report reads event files
@@ -23,7 +24,7 @@ _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, time or report; returns the exit code."""
+    """Run, time, keep or report; returns the exit code."""
     options = _parser().parse_args(argv)
     left = "nothing was written" if options.action is _report else "start again to go on from the last checkpoints"
     return exit_code("vwn-study", lambda: options.action(options), left)
@@ -143,9 +144,16 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _keep(options: argparse.Namespace) -> int:
+    from megatron_vwn.study.keep import keep
+
+    print(*keep(options.folder, options.output), sep="\n")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vwn-study", description=__doc__.splitlines()[0])
-    actions = parser.add_subparsers(required=True, metavar="run|time|report")
+    actions = parser.add_subparsers(required=True, metavar="run|time|keep|report")
     run = actions.add_parser("run", help="train all variants with all seeds, then measure their steps' time")
     run.set_defaults(action=_run)
     run.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
@@ -160,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("study", type=_file, metavar="STUDY.yaml")
         each.add_argument("--output", type=Path, required=True, metavar="DIR", help="where runs are or will be")
         each.add_argument("--data", metavar="PREFIX", help="replaces data of the study")
+    keep = actions.add_parser("keep", help="write finished runs as small text files, from which report works as well")
+    keep.set_defaults(action=_keep)
+    keep.add_argument("folder", type=Path, metavar="DIR", help="of a study, or with event files below")
+    keep.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="what it holds of other runs stays")
     report = actions.add_parser("report", help="compare runs by their event files")
     report.set_defaults(action=_report)
     report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="of a study, or with event files below")

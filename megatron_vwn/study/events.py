@@ -1,9 +1,14 @@
-"""Event files of one run, as Megatron writes them: curves, the arguments it was started with, and tokens of a step."""
+"""Event files of one run, as Megatron writes them: curves, the arguments it was started with, and tokens of a step.
 
+A folder may have what ``keep`` made of them instead: scalars in ``KEPT``, the rest in ``KEPT_FACTS``.
+"""
+
+import csv
 import logging
 import os
 import re
 import struct
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +20,7 @@ from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.folder import RECORD, TIMING, read_json
 
 VALIDATION = "lm loss validation"
+KEPT, KEPT_FACTS = "scalars.csv", "facts.json"
 _FILES = "events.out.tfevents*"
 # Megatron logs every argument as a text of this tag.
 _TEXT = "/text_summary"
@@ -104,7 +110,8 @@ def find_runs(folders: list[Path]) -> list[LoggedRun]:
     for folder in folders:
         if not folder.is_dir():
             raise VirtualWidthError(f"{folder} is no folder: give folders with event files of Megatron.")
-        found = {path.parent for path in folder.rglob(_FILES) if not _hidden(path.relative_to(folder))}
+        files = [*folder.rglob(_FILES), *folder.rglob(KEPT)]
+        found = {path.parent for path in files if not _hidden(path.relative_to(folder))}
         if not found:
             raise VirtualWidthError(f"{folder} holds no event files: give the folder of a run's --tensorboard-dir.")
         paths |= dict.fromkeys(sorted(path.resolve() for path in found))
@@ -140,6 +147,8 @@ def _hidden(path: Path) -> bool:
 
 
 def _read_run(path: Path, name: str) -> LoggedRun:
+    if (path / KEPT).exists():
+        return _read_kept(path, name)
     events = _accumulate(path)
     scalars, arguments = _scalars(events), _arguments(events)
     scalars = _with_validation(scalars)
@@ -168,6 +177,29 @@ def _read_run(path: Path, name: str) -> LoggedRun:
     if not run.scalars:
         run.notes.append(f"{name}: its event files hold no scalars; it is left out.")
     return run
+
+
+def _read_kept(path: Path, name: str) -> LoggedRun:
+    """A run that ``keep`` wrote; values are event files' own, which are fp32.
+
+    Raises:
+        VirtualWidthError: files that ``keep`` did not write.
+    """
+    scalars: dict[str, Curve] = defaultdict(dict)
+    try:
+        with (path / KEPT).open(newline="") as file:
+            for row in csv.DictReader(file, strict=True):
+                scalars[row["tag"]][int(row["step"])] = float(np.float32(row["value"]))
+        facts = read_json(path / KEPT_FACTS)
+        samples = {int(step): float(count) for step, count in facts["samples"]}
+        arguments, notes = dict(facts["arguments"]), list(facts["notes"])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise VirtualWidthError(
+            f"{path} holds no run as vwn-study keep writes it ({type(error).__name__}: {error}): make it again."
+        ) from None
+    variant, seed = split_seed(name)
+    record, timing = read_json(path / RECORD), read_json(path.parent / TIMING)
+    return LoggedRun(name, variant, seed, dict(scalars), arguments, record, timing, samples, notes)
 
 
 def _accumulate(folder: Path) -> EventAccumulator:

@@ -15,6 +15,8 @@ from megatron_vwn.study.events import LoggedRun
 Seed = int | None
 # Of the baseline's training; what is read there is in the report's first table.
 SHARES = (0.25, 0.5, 0.75, 1.0)
+# Megatron's arguments that say when the learning rate begins to decay.
+SCHEDULE = ("lr_decay_style", "train_iters", "lr_wsd_decay_iters")
 
 
 def ratios(baseline: Mapping[Seed, Curve], variant: Mapping[Seed, Curve]) -> dict[Seed, Curve]:
@@ -62,8 +64,8 @@ def change(curves: Mapping[Seed, Curve], begin: float, end: float) -> Estimate |
 
 def constant_until(run: LoggedRun) -> float | None:
     """The tokens after which a learning rate that had been constant decays (--lr-decay-style WSD); None of others."""
-    values = [run.arguments.get(name) for name in ("train_iters", "lr_wsd_decay_iters")]
-    if run.arguments.get("lr_decay_style") != "WSD" or not all(value and value.isdecimal() for value in values):
+    style, *values = (run.arguments.get(name) for name in SCHEDULE)
+    if style != "WSD" or not all(value and value.isdecimal() for value in values):
         return None
     steps, decaying = map(int, values)
     tokens = run.tokens(np.array([float(steps - decaying)]))

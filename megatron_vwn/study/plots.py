@@ -1,5 +1,6 @@
 """Plots of a comparison, each as PNG and SVG. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from megatron_vwn.study.compare import AXES, Comparison, MetricResult
 from megatron_vwn.study.curves import Curve, difference, spread
 from megatron_vwn.study.fit import Fit
+from megatron_vwn.study.routing import Routing
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B4FA2")
 _BASELINE, _GRID = "#222222", "#d9d9d9"
@@ -62,6 +64,41 @@ def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
             _save(figure, folder / "speedup")
             plots["speedup"] = f"How many times fewer {comparison.unit} reach the baseline's final loss"
     return plots
+
+
+def draw_routing(comparison: Comparison, routed: Mapping[str, Routing], folder: Path) -> dict[str, str]:
+    """Write the picture of what monitored variants have learned, if there are any; returns as ``draw`` does."""
+    if not routed:
+        return {}
+    with pyplot.rc_context(_SETTINGS):
+        figure, (segments, windows) = pyplot.subplots(1, 2, figsize=(11.0, 4.2))
+        for name, each in routed.items():
+            style = _style(comparison, name)
+            segments.plot(each.independent.x, each.independent.y, **style, linewidth=1.7)
+            segments.fill_between(
+                each.least.x, each.least.y, each.most.y, color=style["color"], alpha=0.13, linewidth=0
+            )
+            segments.axhline(each.n, color=style["color"], linewidth=0.8, linestyle=":")
+            windows.plot(
+                *zip(*each.windows.items(), strict=True), **style, marker=_marker(comparison, name), label=name
+            )
+        places = sorted({place for each in routed.values() for place in each.windows})
+        fresh = [place / 2 for place in places]
+        windows.plot(places, fresh, color=_BASELINE, linestyle="--", label="a fresh model")
+        _label_x(segments, comparison, max(each.independent.end for each in routed.values()))
+        segments.set_yscale("log", base=2)
+        segments.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        segments.set_ylabel("independent segments")
+        segments.set_title(
+            "Mean of the layers, bands from the least\nto the largest layer; dotted: all segments", loc="left"
+        )
+        windows.set_xlabel("sublayer, by its place in the pattern")
+        windows.set_ylabel("sublayers back")
+        windows.set_title("How far back a sublayer reads on average", loc="left")
+        _legend(windows)
+        figure.tight_layout()
+        _save(figure, folder / "routing")
+    return {"routing": "Independent segments over the training, and the depth window of each sublayer at its end"}
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_vwn.study.compare import AXES, SMOOTHING, Compared, Comparison, Va
 from megatron_vwn.study.curves import Estimate
 from megatron_vwn.study.events import LoggedRun
 from megatron_vwn.study.growth import SHARES, at_shares, change
+from megatron_vwn.study.routing import Routing
 
 _NOTHING = "-"
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -22,13 +23,19 @@ _IMAGE = re.compile(r'(<img alt="[^"<]*" src=")([\w-]+)\.png"')
 
 
 def as_markdown(
-    comparison: Comparison, runs: Sequence[LoggedRun], plots: Mapping[str, str], study: Mapping, command: str
+    comparison: Comparison,
+    runs: Sequence[LoggedRun],
+    routed: Mapping[str, Routing],
+    plots: Mapping[str, str],
+    study: Mapping,
+    command: str,
 ) -> str:
     """The report for a repository; plots are PNG files beside it.
 
     Args:
         comparison: what was found.
         runs: all that were read.
+        routed: what the routing of monitored variants has learned.
         plots: names of files and captions.
         study: ``study.json``; empty for other folders.
         command: that made the report.
@@ -39,6 +46,7 @@ def as_markdown(
         comparison=comparison,
         runs=runs,
         records=[run.record for run in runs if run.record],
+        routed=routed,
         plots=plots,
         study=study,
         command=command,

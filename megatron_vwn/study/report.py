@@ -9,8 +9,9 @@ from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.compare import AXES, Comparison, compare
 from megatron_vwn.study.events import LoggedRun, find_runs
 from megatron_vwn.study.folder import RECORD, STUDY, read_json
-from megatron_vwn.study.plots import draw
+from megatron_vwn.study.plots import draw, draw_routing
 from megatron_vwn.study.render import as_html, as_markdown
+from megatron_vwn.study.routing import routings
 
 
 def write_report(folders: Sequence[Path], output: Path, baseline: str | None, command: str) -> list[str]:
@@ -34,10 +35,11 @@ def write_report(folders: Sequence[Path], output: Path, baseline: str | None, co
     study = read_json(folders[0] / STUDY) if len(folders) == 1 else {}
     comparison = compare(runs, baseline or study.get("baseline"), list(study.get("variants", ())))
     comparison.notes += _unfinished(folders[0], study) if study else []
+    routed = routings(comparison)
     try:
         with atomic_folder(output) as staging:
-            plots = draw(comparison, staging)
-            text = as_markdown(comparison, runs, plots, study, command)
+            plots = draw(comparison, staging) | draw_routing(comparison, routed, staging)
+            text = as_markdown(comparison, runs, routed, plots, study, command)
             (staging / "report.md").write_text(text)
             (staging / "report.html").write_text(as_html(text, study.get("title") or "Comparison of runs", staging))
             _write_csv(staging / "results.csv", _results(comparison))

@@ -192,6 +192,46 @@ def test_the_report_is_complete_and_needs_no_network(known, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "runs"}
 
 
+def test_runs_that_are_kept_give_the_same_report(known, tmp_path, capsys):
+    for place, path in enumerate(sorted(known.glob("*/seed-*"))):
+        record = {"state": "running" if place == 0 else "done", "tokens_per_step": TOKENS}
+        (path / "run.json").write_text(json.dumps(record))
+    (known / "wide2" / "timing.json").write_text(json.dumps({"seconds_per_step": 0.5}))
+    routing = {
+        f"vwn/independent_segments/{what}": {100: 2.0, 400: value}
+        for what, value in (("mean", 5.5), ("min", 3.0), ("max", 9.0), ("birth", 2.0), ("n", 16.0))
+    }
+    routing |= {"vwn/effective_segments/mean": {100: 16.0, 400: 12.25}}
+    routing |= {f"vwn_layers/depth_window/layer_00{place}": {400: 1.5 * place} for place in (2, 3)}
+    for seed in SEEDS:
+        write_run(known / "wide8" / f"seed-{seed}" / "events" / "more", routing, samples=False).rename(
+            known / "wide8" / f"seed-{seed}" / "events" / "events.out.tfevents.9.more"
+        )
+        (known / "wide8" / f"seed-{seed}" / "events" / "more").rmdir()
+    kept = tmp_path / "kept"
+    for _ in range(2):  # again, over what is there
+        assert program.main(["keep", str(known), "--output", str(kept)]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "base/seed-1 is running, so it is left out." and said[1].startswith("11 runs are in ")
+    (known / "base" / "seed-1").rename(tmp_path / "running")
+    for folder in (known, kept):
+        assert program.main(["report", str(folder), "--output", str(tmp_path / f"of-{folder.name}")]) == 0
+    text = (tmp_path / "of-runs" / "report.md").read_text()
+    for name in ("results.csv", "curves.csv", "routing.svg", "validation-growth.svg"):
+        assert (tmp_path / "of-runs" / name).read_bytes() == (tmp_path / "of-kept" / name).read_bytes(), name
+    other = (tmp_path / "of-kept" / "report.md").read_text()
+    assert other == text.replace(str(known), str(kept)).replace("of-runs", "of-kept")
+    assert "- wide8: 5.5 of 16 segments are independent at the end, mean over the layers (3.0 to 9.0; 2.0 in a" in text
+    assert "12.2 carry energy, copies included. A sublayer reads 3.8 sublayers back on average, 1.2 in a fresh" in text
+    assert "wide4: " in text and "- wide4: 5.5" not in text
+
+    (kept / "wide8" / "seed-2" / "scalars.csv").write_text("tag,step,value\nlm loss,one,2\n")
+    assert program.main(["report", str(kept)]) == 2
+    assert "holds no run as vwn-study keep writes it (ValueError" in capsys.readouterr().err
+    assert program.main(["keep", str(known), "--output", str(known / "kept")]) == 2
+    assert "is where the runs are" in capsys.readouterr().err
+
+
 def test_a_step_that_was_logged_twice_counts_once_with_its_last_value(tmp_path):
     folder = tmp_path / "runs" / "base" / "seed-1" / "events"
     write_run(folder, {"lm loss validation": falling(3.0, steps=200)}, megatron_arguments(1))
