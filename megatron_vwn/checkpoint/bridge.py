@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, make_dataclass
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.enums import AttnBackend
 from megatron.training.config.instantiate_utils import target_allowlist
 from torch import Tensor, nn
 
@@ -88,6 +89,8 @@ class VirtualWidthProvider(_Width, HybridModelProvider):
     call them (vwn_m, vwn_n, ...)."""
 
     mtp_num_layers: int | None = None
+    # Megatron's default; a HybridModelProvider's has no attention in fp32.
+    attention_backend: AttnBackend = AttnBackend.auto
 
     @property
     def virtual_width(self) -> VirtualWidthConfig:
@@ -281,3 +284,14 @@ class VirtualWidthBridge(MegatronModelBridge):
             if left:
                 raise VirtualWidthError(f"Megatron-Bridge would drop {what} ({listed(left)}): use vwn-convert.")
         return tasks
+
+    def build_export_fp8_tasks(self, *args, **kwargs):
+        """Refused.
+
+        Raises:
+            VirtualWidthError: always.
+        """
+        raise VirtualWidthError(
+            "export_weight_dtype fp8 has not been tried with a virtual width: leave it at bf16, which exports the model's "
+            "own dtypes."
+        )

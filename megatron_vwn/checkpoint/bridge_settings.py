@@ -5,7 +5,7 @@ The way to the provider is ``arguments.megatron_arguments``, in the provider's w
 """
 
 import argparse
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 
 import torch
 from megatron.core.activations import squared_relu
@@ -83,11 +83,9 @@ def config_of(provider: object) -> VWNConfig:
     Raises:
         VirtualWidthError: for a model that the Hugging Face model cannot express.
     """
-    assert is_dataclass(provider)
     said = {field.name: getattr(provider, field.name) for field in fields(provider)}
     act, gated = provider.activation_func, provider.gated_linear_unit
-    known = (act, gated) in {(_ACTIVATIONS["silu"], True), (squared_relu, False), (torch.nn.functional.gelu, False)}
-    if not known:
+    if (act, gated) not in {(_ACTIVATIONS["silu"], True), (squared_relu, False), (torch.nn.functional.gelu, False)}:
         raise VirtualWidthError(
             f"the Hugging Face model has no {'gated' if gated else 'ungated'} MLP with {getattr(act, '__name__', act)}: "
             "only SwiGLU, relu2 and gelu."
@@ -128,7 +126,7 @@ def refuse_what_is_lost(config: VWNConfig, provider: object, where: object) -> N
         if name in OF_HUGGING_FACE:
             continue
         if name not in carried:
-            raise VirtualWidthError(f"{where} has {name}, which Megatron-Bridge cannot carry: remove it.")
+            raise VirtualWidthError(f"{where} has {name}, which no provider knows: install a newer megatron_vwn.")
         if _effective(name, carried[name]) != _effective(name, value):
             raise VirtualWidthError(
                 f"{where} has {name} = {value!r}, which Megatron-Bridge cannot carry in this model: set it to "
