@@ -12,6 +12,7 @@ disagree. What Bridge would only warn of (a tensor without a mapping, a folder t
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, make_dataclass
+from importlib.util import find_spec
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -78,7 +79,6 @@ _OF_THE_MACHINE = {
     "--use-cpu-initialization": {"use_cpu_initialization": True},
     "--no-persist-layer-norm": {"persist_layer_norm": False},
     "--no-rope-fusion": {"apply_rope_fusion": False},
-    "--no-gradient-accumulation-fusion": {"gradient_accumulation_fusion": False},
     "--no-masked-softmax-fusion": {"masked_softmax_fusion": False},
 }
 
@@ -249,6 +249,9 @@ class VirtualWidthBridge(MegatronModelBridge):
         for need in needed_flags(gpu=torch.cuda.is_available(), transformer_engine=HAVE_TE):
             for name, value in _OF_THE_MACHINE.get(need.flag, {}).items():
                 setattr(provider, name, value)
+        # Bridge takes Transformer Engine for enough, but the head is Megatron's own linear layer.
+        if find_spec("fused_weight_gradient_mlp_cuda") is None:
+            provider.gradient_accumulation_fusion = False
         refuse_what_is_lost(config, provider, where)
         return provider
 
@@ -292,6 +295,6 @@ class VirtualWidthBridge(MegatronModelBridge):
             VirtualWidthError: always.
         """
         raise VirtualWidthError(
-            "export_weight_dtype fp8 has not been tried with a virtual width: leave it at bf16, which exports the model's "
-            "own dtypes."
+            "export_weight_dtype fp8 has not been tried with a virtual width: leave it at bf16, which exports every "
+            "tensor as it is."
         )

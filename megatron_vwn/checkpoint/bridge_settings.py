@@ -1,4 +1,4 @@
-"""What a Hugging Face configuration is as settings of a Megatron-Bridge provider, and back; nothing of Bridge is needed.
+"""A Hugging Face configuration as settings of a Megatron-Bridge provider, and back; nothing of Bridge is needed.
 
 The way to the provider is ``arguments.megatron_arguments``, in the provider's words; the way back is
 ``arguments.hf_config``. A field is carried if it comes back: every other one is refused, of this version or of another.
@@ -87,8 +87,8 @@ def config_of(provider: object) -> VWNConfig:
     act, gated = provider.activation_func, provider.gated_linear_unit
     if (act, gated) not in {(_ACTIVATIONS["silu"], True), (squared_relu, False), (torch.nn.functional.gelu, False)}:
         raise VirtualWidthError(
-            f"the Hugging Face model has no {'gated' if gated else 'ungated'} MLP with {getattr(act, '__name__', act)}: "
-            "only SwiGLU, relu2 and gelu."
+            f"the Hugging Face model has no {'gated' if gated else 'ungated'} MLP with "
+            f"{getattr(act, '__name__', act)}: choose SwiGLU, relu2 or gelu."
         )
     arguments = argparse.Namespace(
         **said

@@ -251,9 +251,7 @@ def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[
         ("has, beside those of its model,", found.keys() - expected.keys()),
     ):
         if names:
-            raise VirtualWidthError(
-                f"{folder} {what} {listed(names)}: it is not the model that its settings describe."
-            )
+            raise VirtualWidthError(f"{folder} {what} {listed(names)}: it is not the model that its settings describe.")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise VirtualWidthError(

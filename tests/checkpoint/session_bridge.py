@@ -34,7 +34,7 @@ transformer_engine_stub.install()
 
 from megatron.bridge import AutoBridge  # noqa: E402
 
-import megatron_vwn.checkpoint.bridge  # noqa: E402, F401
+import megatron_vwn.checkpoint.bridge  # noqa: E402
 
 ROOT = Path(sys.argv[1])
 TOKENS = torch.randint(96, (2, SEQUENCE), generator=torch.Generator().manual_seed(4))

@@ -15,18 +15,18 @@ from checkpoint.bridge_cases import CHECKPOINTS  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import megatron_vwn.training.model  # noqa: E402, F401
+import megatron_vwn.training.model  # noqa: E402
 
 transformer_engine_stub.install()
 
 from megatron.bridge import AutoBridge  # noqa: E402
 
-import megatron_vwn.checkpoint.bridge  # noqa: E402, F401
+import megatron_vwn.checkpoint.bridge  # noqa: E402
 
 
 def check(folder: Path) -> dict:
     megatron, back = Path(f"{folder}, imported"), Path(f"{folder}, exported")
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     AutoBridge.import_ckpt(folder, megatron)
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # another order of sums over ranks
 ONE_SENTENCE = {
     "gated gelu": "Megatron has no MLP with a gated gelu",
     "unknown field": "has vwn_later, which no provider knows",
-    "a field that says nothing": "moe_intermediate_size = 24, which Megatron-Bridge cannot carry in this model: set it to 48",
+    "a field that says nothing": "moe_intermediate_size = 24, which Megatron-Bridge cannot carry in this model: set ",
     "another model's name": "has rms_norm_eps, which this model calls norm_eps",
     "stages": "pipeline_model_parallel_size = 2 does not go with a virtual width",
     "layers": "hybrid_stack_spec",
@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="ne
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bridge")
-    run = launch.session(RANKS, HERE / "session_bridge.py", folder)
+    # What Bridge imports starts threads, so that the server could not fork.
+    run = launch.real(RANKS, HERE / "session_bridge.py", folder, env=launch.WITHOUT_GPU)
     assert run.returncode == 0, run.stderr[-6000:]
     return folder
 
@@ -69,9 +70,8 @@ def test_refusals(reports):
         assert part in found[name] and found[name].endswith("."), found[name]
 
 
-@pytest.mark.skipif(find_spec("megatron.energon") is None, reason="needs megatron-energon")
 def test_checkpoints_of_bridge(folder, reports):
-    run = launch.session(1, HERE / "session_bridge_checkpoint.py", folder)
+    run = launch.real(0, HERE / "session_bridge_checkpoint.py", folder, env=launch.WITHOUT_GPU)
     assert run.returncode == 0, run.stderr[-6000:]
     found = json.loads((folder / "checkpoints.json").read_text())
-    assert found == dict.fromkeys(CHECKPOINTS, {"tensors": [], "settings": []})
+    assert found == {name: {"tensors": [], "settings": []} for name in CHECKPOINTS}
