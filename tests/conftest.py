@@ -35,7 +35,8 @@ LONGEST_FIRST = [
 KINDS = {
     "gpu": ["gpu"],
     "te": ["modules/test_transformer_engine.py", "modules/test_fp8.py", "gpu/test_fp8.py"],
-    "emulated": ["modules/test_fp8.py", "checkpoint/test_bridge.py", "hf/test_serving.py"],
+    "bridge": ["checkpoint/test_bridge.py"],
+    "emulated": ["modules/test_fp8.py", "hf/test_serving.py"],
     "slow": LONGEST_FIRST,
 }
 # What --quick runs: from every room what costs little, of the parallel layouts one.

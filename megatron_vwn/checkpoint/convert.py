@@ -181,7 +181,7 @@ def read_config(source: SafetensorsReader) -> VWNConfig:
     names = {field.name for field in fields(VWNConfig)}
     if unknown := [key for key in settings if key.startswith("vwn_") and key not in names]:
         raise VirtualWidthError(
-            f"{path} has {_listed(unknown)}, which this version does not know: install a newer megatron_vwn."
+            f"{path} has {listed(unknown)}, which this version does not know: install a newer megatron_vwn."
         )
     return valid_config(path, **{key: value for key, value in settings.items() if key != "model_type"})
 
@@ -251,9 +251,7 @@ def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[
         ("has, beside those of its model,", found.keys() - expected.keys()),
     ):
         if names:
-            raise VirtualWidthError(
-                f"{folder} {what} {_listed(names)}: it is not the model that its settings describe."
-            )
+            raise VirtualWidthError(f"{folder} {what} {listed(names)}: it is not the model that its settings describe.")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise VirtualWidthError(
@@ -267,7 +265,8 @@ def check_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[
             )
 
 
-def _listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
