@@ -12,7 +12,6 @@ disagree. What Bridge would only warn of (a tensor without a mapping, a folder t
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, make_dataclass
-from importlib.util import find_spec
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -80,6 +79,7 @@ _OF_THE_MACHINE = {
     "--no-persist-layer-norm": {"persist_layer_norm": False},
     "--no-rope-fusion": {"apply_rope_fusion": False},
     "--no-masked-softmax-fusion": {"masked_softmax_fusion": False},
+    "--no-gradient-accumulation-fusion": {"gradient_accumulation_fusion": False},
 }
 
 
@@ -249,9 +249,6 @@ class VirtualWidthBridge(MegatronModelBridge):
         for need in needed_flags(gpu=torch.cuda.is_available(), transformer_engine=HAVE_TE):
             for name, value in _OF_THE_MACHINE.get(need.flag, {}).items():
                 setattr(provider, name, value)
-        # Bridge takes Transformer Engine for enough, but the head is Megatron's own linear layer.
-        if find_spec("fused_weight_gradient_mlp_cuda") is None:
-            provider.gradient_accumulation_fusion = False
         refuse_what_is_lost(config, provider, where)
         return provider
 

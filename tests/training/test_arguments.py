@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
+from megatron_vwn.training.flags import machine
 from megatron_vwn.training.flags.machine import complete_command_line, describe, needed_flags
 from megatron_vwn.training.flags.vwn import add_arguments, record_virtual_width, typed, virtual_width_from_args
 
@@ -122,8 +123,11 @@ def test_settings_are_described_as_they_are_typed():
     assert typed("ngrams", ()) == "no --vwn-ngrams" and typed("ngram_vocab", None) == "no --vwn-ngram-vocab"
 
 
-def test_a_gpu_with_transformer_engine_needs_no_flags():
-    assert needed_flags(gpu=True, transformer_engine=True) == []
+@pytest.mark.parametrize("apex", [True, False])
+def test_a_gpu_with_transformer_engine_needs_only_what_the_head_lacks_without_apex(monkeypatch, apex):
+    monkeypatch.setattr(machine, "find_spec", lambda name: apex or None)
+    needed = needed_flags(gpu=True, transformer_engine=True)
+    assert [need.text for need in needed] == ([] if apex else ["--no-gradient-accumulation-fusion"])
     assert complete_command_line(["--lr", "1"], []) == (["--lr", "1"], [])
 
 

@@ -28,7 +28,7 @@ class MachineFlag:
 
 _NO_GPU = "there is no GPU"
 _NO_TE = "Transformer Engine is not installed"
-_NO_APEX = "neither Transformer Engine nor Apex is installed"
+_NO_APEX = "Apex is not installed"
 
 
 def needed_flags(*, gpu: bool, transformer_engine: bool) -> list[MachineFlag]:
@@ -53,11 +53,12 @@ def needed_flags(*, gpu: bool, transformer_engine: bool) -> list[MachineFlag]:
             MachineFlag("--no-persist-layer-norm", None, reason),
             MachineFlag("--no-rope-fusion", None, reason),
         ]
-        # Apex brings these two kernels; with a GPU and Apex the local layers may use them.
-        if not gpu or find_spec("fused_weight_gradient_mlp_cuda") is None:
-            needed.append(MachineFlag("--no-gradient-accumulation-fusion", None, _NO_APEX if gpu else _NO_GPU))
+        # Apex brings this kernel; with a GPU and Apex the local layers may use it.
         if not gpu or find_spec("scaled_masked_softmax_cuda") is None:
             needed.append(MachineFlag("--no-masked-softmax-fusion", None, _NO_APEX if gpu else _NO_GPU))
+    # The head is Megatron's own linear layer, which needs Apex's kernel beside Transformer Engine's layers, too.
+    if not gpu or find_spec("fused_weight_gradient_mlp_cuda") is None:
+        needed.append(MachineFlag("--no-gradient-accumulation-fusion", None, _NO_APEX if gpu else _NO_GPU))
     return needed
 
 
