@@ -90,6 +90,8 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if not _is_quick(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_quick(item)]
+    for item in items:  # a report's keywords are names of folders, too
+        item.user_properties += [("kind", kind) for kind in KINDS if item.get_closest_marker(kind)]
     places = {group: place for place, group in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(group_of(_path(item)), len(places)))
 
@@ -113,7 +115,7 @@ def pytest_terminal_summary(terminalreporter):
         for report in terminalreporter.getreports(outcome):
             if report.when == "call":
                 ran["all"] += 1
-                ran.update(kind for kind in KINDS if kind in report.keywords)
+                ran.update(kind for name, kind in report.user_properties if name == "kind")
     for report in terminalreporter.getreports("skipped"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         skipped[reason.removeprefix("Skipped: ")] += 1
