@@ -81,7 +81,7 @@ def plan_lines(plan: Plan, twin: Plan | None, other: tuple[str, Memory] | None, 
         if seconds > 0:
             yield f"    {name:<24}{seconds:>9.3f} s {seconds / step.seconds:>7.1%}"
     if twin is not None:
-        yield f"  the same layout without the virtual width, which is not its twin's best: {twin.step.seconds:.3f} s"
+        yield f"  the same layout without the virtual width, whose own best may be another: {twin.step.seconds:.3f} s"
 
 
 def search_lines(plans: list[Plan], looked: int, rates: Rates) -> Iterator[str]:

@@ -165,7 +165,7 @@ def test_refusals_are_one_sentence(capsys, argv, sentence):
 
 def test_a_plan_is_printed_and_written(tmp_path):
     words = ["megatron_vwn.planner", "moe-0.4b-4b", "--gpus", "32", "--hardware", "h200", "--top", "1"]
-    done = launch.session(0, "-m", *words, "--json", tmp_path / "plan.json", "--memory-gb", "30")
+    done = launch.session(0, "-m", *words, "--json", tmp_path / "plan.json", "--memory-gb", "34")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
     assert f"{written['parameters']['total']:,} in all" in done.stdout
@@ -178,7 +178,14 @@ def test_a_plan_is_printed_and_written(tmp_path):
     ):
         assert said in done.stdout
     assert "Connections of (" in done.stdout and "a model's prediction, not measured: kernels of commit" in done.stdout
-    assert "tokens/s, of this" in done.stdout and "share of the virtual width in the step" in done.stdout
+    assert "tokens/s, of this" in done.stdout and "the same layout without the virtual width" in done.stdout
     own = written["own"]
     assert own["step_seconds"] == pytest.approx(sum(own["step_parts"].values()))
     assert own["step_seconds"] > own["step_seconds_without_virtual_width"]
+    # The share is stated against the twin's own best layout, which is no slower than the recipe's layout without width.
+    (twin,), (best,) = written["found_without_virtual_width"], written["found"]
+    assert twin["step_seconds"] <= own["step_seconds_without_virtual_width"] and twin["layout"] != best["layout"]
+    for name, found in (("in this recipe's layout", own), ("in the best found", best)):
+        share = 1 - twin["step_seconds"] / found["step_seconds"]
+        assert written["share_of_virtual_width"][name] == pytest.approx(share) and share > 0
+        assert f"share of the virtual width in the step against that, {name}, predicted: {share:.1%}" in done.stdout
