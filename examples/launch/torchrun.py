@@ -22,12 +22,14 @@ TRAINING = "megatron_vwn.training.pretrain"
 ENVIRONMENT = {
     # The store that agents share by default does not outlive a worker that was killed: no restart would succeed.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # Before Blackwell the order in which Megatron overlaps communication of tensor parallelism depends on it.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "OMP_NUM_THREADS": "1",
 }
-# Seconds after which a rank counts as hanging, by part of the run; --calc-ft-timeouts measures better ones.
-HANGING = ["--ft-rank-section-timeouts", "setup:1800,step:600,checkpointing:1800"]
+# Before Blackwell Megatron stops without this under tensor or context parallelism, whose overlap depends on the order
+# of launches. Elsewhere it would only keep the messages of experts and gradients from overlapping.
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+# Seconds after which a rank counts as hanging, by part of the run; --calc-ft-timeouts measures better ones. The setup
+# may build the index of the data, as long as distributed-timeout-minutes lets it.
+HANGING = ["--ft-rank-section-timeouts", "setup:3600,step:600,checkpointing:1800"]
 HANGING += ["--ft-rank-out-of-section-timeout", "1800"]
 
 
@@ -49,18 +51,25 @@ def main(argv: list[str] | None = None) -> int:
             endpoint = "HOST:PORT"
             print(f"torchrun.sh: {endpoint} stands for one of the nodes, where all meet, and a port.", file=sys.stderr)
         command = node_command(recipe, arguments, endpoint, options.rdzv_id or recipe.name)
+        surroundings = environment(recipe)
         if options.dry_run:
             check_flags(arguments)
-            print(describe(command))
+            print(describe(command, surroundings))
             return 0
         require_packages(recipe, arguments)
         preflight(recipe, arguments)
     except VirtualWidthError as refusal:
         print(f"torchrun.sh: {refusal}", file=sys.stderr)
         return REFUSED
-    print(f"torchrun.sh: {describe(command)}", flush=True)
+    print(f"torchrun.sh: {describe(command, surroundings)}", flush=True)
     retries = recipe.get("max-agent-restarts", 0)
-    return supervise(command, ENVIRONMENT | os.environ, worker=TRAINING, retries=retries)
+    return supervise(command, surroundings | os.environ, worker=TRAINING, retries=retries)
+
+
+def environment(recipe: Recipe) -> dict[str, str]:
+    """What a run finds in its environment, where the user's own does not say otherwise."""
+    ordered = any(recipe.number(f"{each}-parallel-size", 1) > 1 for each in ("tensor-model", "context"))
+    return ENVIRONMENT | (ONE_QUEUE if ordered else {})
 
 
 def node_command(recipe: Recipe, arguments: list[str], endpoint: str | None, name: str) -> list[str]:
@@ -98,9 +107,9 @@ def in_job_restart(recipe: Recipe) -> bool:
     return way != "torchrun"
 
 
-def describe(command: list[str]) -> str:
+def describe(command: list[str], surroundings: dict[str, str]) -> str:
     """The command as one could type it: environment, agent, training program, one flag a line."""
-    lines = [[f"{name}={value}" for name, value in ENVIRONMENT.items()] + ["python"]]
+    lines = [[f"{name}={value}" for name, value in surroundings.items()] + ["python"]]
     for word in command[1:]:
         if word.startswith("-") and not word[1:2].isdecimal():  # no negative number
             lines.append([])

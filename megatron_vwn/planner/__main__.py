@@ -2,7 +2,7 @@
 
 vwn-plan RECIPE --gpus N --hardware h100|h200|b200 [--top K] [--json FILE] [key=value ...]
 
-Parameters are exact: ranks are built on the meta device. Everything else is predicted from formulas and stated rates,
+Parameters are exact: they are built on the meta device. Everything else is predicted from formulas and stated rates,
 which are printed and can be changed by flags; nothing is measured.
 """
 
@@ -62,8 +62,8 @@ def _run(options: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)
 
     with tqdm(desc="importing Megatron", total=1, disable=None, leave=False):
-        from megatron_vwn.planner.parameters import exact_and_count
-        from megatron_vwn.planner.print import as_json, assumption_lines, plan_lines, search_lines
+        from megatron_vwn.planner.parameters import check, pieces
+        from megatron_vwn.planner.print import as_json, assumption_lines, plan_lines, search_lines, shares, twin_lines
         from megatron_vwn.planner.search import plan, search
 
     written: dict = {
@@ -72,25 +72,32 @@ def _run(options: argparse.Namespace) -> None:
         "hardware": options.hardware,
         "rates": asdict(assumed),
     }
+    twin = None if recipe.baseline else recipe.without_virtual_width()
+    parts, twin_parts = pieces(recipe), twin and pieces(twin)
+    own = same = None
     if impossible:
         print(f"Its own layout cannot be run or planned: {impossible}")
     else:
-        twin = None if recipe.baseline else recipe.without_virtual_width()
-        held, whole = exact_and_count(recipe)
-        twin_held, plain = (None, None) if twin is None else exact_and_count(twin)
+        check(recipe)
+        own, same = plan(recipe, parts, assumed), twin and plan(twin, twin_parts, assumed)
+        whole, plain = parts.count(own.shape), twin and twin_parts.count(same.shape)
         for line in _count_lines(whole, plain):
             print(line)
-        own = plan(recipe, held, assumed)
-        other = None if twin is None else plan(twin, twin_held, assumed)
         print()
-        print(*plan_lines(own, other, _other_block(own), assumed), sep="\n", flush=True)
+        print(*plan_lines(own, same, _other_block(own), assumed), sep="\n", flush=True)
         written |= {"parameters": _numbers(whole), "parameters_without_virtual_width": plain and _numbers(plain)}
-        written["own"] = as_json(own, other)
+        written["own"] = as_json(own, same)
     if options.top:
-        plans, looked = search(recipe, assumed, options.top)
+        plans, looked = search(recipe, parts, assumed, options.top)
         print()
-        print(*search_lines(plans, looked, assumed), sep="\n")
+        print(*search_lines(plans, looked, assumed), sep="\n", flush=True)
         written["found"] = [as_json(each, None) for each in plans]
+    if options.top and twin is not None:
+        best, looked = search(twin, twin_parts, assumed, 1)
+        print()
+        print(*twin_lines(own, plans, best, looked), sep="\n")
+        written["found_without_virtual_width"] = [as_json(each, None) for each in best]
+        written["share_of_virtual_width"] = shares(own, plans, best)
     print()
     print(*assumption_lines(options.hardware, assumed, shape_of(recipe).width), sep="\n")
     if options.json is not None:

@@ -35,7 +35,7 @@ def sublayer_bytes(symbol: str, shape: Shape, backend: str) -> float:
     if symbol == "*":
         inside = _attention(shape, backend, "core_attn" in recomputed)
     elif symbol == "-":
-        inside = 0 if "mlp" in recomputed else _mlp(shape, shape.ffn) * shape.tokens / shape.tensor
+        inside = 0 if "mlp" in recomputed else mlp_bytes(shape, shape.ffn) * shape.tokens / shape.tensor
     else:
         inside = 0 if "moe" in recomputed else _moe(shape, recomputed)
     # Transformer Engine has the norms of attention and MLP in one module with the products: not recomputed.
@@ -58,20 +58,23 @@ def _attention(shape: Shape, backend: str, core_recomputed: bool) -> float:
     return (before + 2 * (q + 2 * k) + 2 * q + 4 * shape.heads) * shape.tokens / shape.tensor
 
 
-def _mlp(shape: Shape, ffn: int) -> int:
+def mlp_bytes(shape: Shape, ffn: int) -> int:
+    """Of one token between the two products of an MLP: before the activation function and after it."""
     return (6 if shape.gated else 4) * ffn
 
 
 def _moe(shape: Shape, recomputed: set[str]) -> float:
     """Router, per token: logits and scores in fp32 for two losses, 4E + 4E + 4, the choice of k as numbers (8k thrice)
     and weights (4k twice), and the order in which tokens go to experts, 8E. Each of a token's k copies: 2D, the
-    expert's MLP, a weight of 4."""
+    expert's MLP, a weight of 4; the fullest rank has more copies than its own tokens have."""
     experts, k = shape.experts, shape.top_k
     router = 16 * experts + 4 + 32 * k
     act = 2 * shape.expert_ffn if "moe_act" in recomputed else 0
-    copies = k * (2 * shape.hidden + _mlp(shape, shape.expert_ffn) - act + 4)
-    shared = 0 if "shared_experts" in recomputed else _mlp(shape, shape.shared_ffn) * shape.tokens / shape.tensor
-    return (router + copies) * shape.own_tokens + shared
+    copies = shape.imbalance * k * (2 * shape.hidden + mlp_bytes(shape, shape.expert_ffn) - act + 4)
+    shared = 0 if "shared_experts" in recomputed else mlp_bytes(shape, shape.shared_ffn) * shape.tokens / shape.tensor
+    # Without overlap it is gathered again in the backward pass.
+    gathered = 2 * shape.hidden * shape.tokens if shape.overlaps_shared and shape.tensor > 1 else 0
+    return (router + copies) * shape.own_tokens + shared + gathered
 
 
 def connection_bytes(shape: Shape, backend: str, connections: int) -> float:

@@ -4,6 +4,7 @@ FLOPs of matrix products per token (2 per multiply-add), forward; backward is tw
 
     attention   2D(2q + 2k), and for causal scores and their product with values 2 * 2 q S/2  (arXiv 2205.05198)
     MLP         6DF gated, 4DF ungated; MoE: k times that of an expert, the shared expert's, and 2DE of the router
+                (times the imbalance of expert-parallel ranks, as what they send each other)
     head        2DV for the next token and for each further prediction; fusion of a prediction 4D^2, or wide 4 n E^2
     connection  as predicted of the kernels (``planner.kernel_times``); with stream recompute the forward of all but one
                 connection of a block again
@@ -17,10 +18,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_vwn.ops.costs import PASSES, Pass, Width, end_flops, floor_seconds, fusion_flops
+from megatron_vwn.planner.activations import mlp_bytes
 from megatron_vwn.planner.hardware import Rates
 from megatron_vwn.planner.kernel_times import connection_seconds
 from megatron_vwn.planner.memory import message_bytes
-from megatron_vwn.planner.shape import Parameters, Shape
+from megatron_vwn.planner.shape import Parameters, Shape, counts
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,19 @@ def step_time(shape: Shape, held: list[Parameters], rates: Rates) -> Step:
         held: parameters of a rank of every pipeline stage.
         rates: what is assumed of the GPUs.
     """
-    ranks = shape.unlike_stages()
-    work = {rank: micro_batch_seconds(shape, rank, rates) for rank in ranks}
-    worst = max(ranks, key=lambda rank: sum(work[rank].values()))
-    parts = {name: seconds * shape.micro_batches for name, seconds in work[worst].items()}
-    one = sum(work[worst].values())
+    parts = step_parts(shape, held, rates)
+    seconds = sum(parts.values())
+    sent = (sent_bytes(shape, held[rank], rank) for rank in shape.unlike_stages())
+    busiest = max(sent, key=lambda sums: sum(sums.values()))
+    return Step(seconds, parts, busiest, shape.batch * shape.sequence / seconds)
+
+
+def step_parts(shape: Shape, held: list[Parameters], rates: Rates) -> dict[str, float]:
+    """Seconds of a step by what takes them, as ``step_time`` adds them up."""
+    work = [micro_batch_seconds(shape, rank, rates) for rank in shape.unlike_stages()]
+    worst = max(work, key=lambda seconds: sum(seconds.values()))
+    parts = {name: seconds * shape.micro_batches for name, seconds in worst.items()}
+    one = sum(worst.values())
     messages = pipeline_bytes(shape) / rates.link(_within_node(shape, "PP"))
     if shape.virtual == 1:
         parts["pipeline messages"] = shape.micro_batches * messages
@@ -61,19 +71,17 @@ def step_time(shape: Shape, held: list[Parameters], rates: Rates) -> Step:
     parts["bubble"] = (shape.pipeline - 1) / shape.virtual * (one + messages / shape.virtual)
     parts["gradients and weights"] = max(_data_seconds(shape, each, one, rates) for each in held)
     parts["optimizer"] = max(_optimizer_bytes(shape, each) for each in held) / rates.memory
-    seconds = sum(parts.values())
-    sent = max((sent_bytes(shape, held[rank], rank) for rank in ranks), key=lambda sums: sum(sums.values()))
-    return Step(seconds, parts, sent, shape.batch * shape.sequence / seconds)
+    return parts
 
 
 def micro_batch_seconds(shape: Shape, rank: int, rates: Rates) -> dict[str, float]:
     """Both passes of one micro-batch through all virtual stages of a pipeline rank, by what takes the time."""
     seconds = Counter()
-    for sublayers, _ in rows(shape, rank):
-        for symbol, count in Counter(sublayers).items():
+    for sublayers, further in rows(shape, rank):
+        for symbol, count in counts(sublayers):
             for name, value in _forward_seconds(shape, symbol, rates).items():
                 seconds[name] += 3 * count * value
-        seconds["recompute"] += _recompute_seconds(shape, sublayers, rates)
+        seconds["recompute"] += _recompute_seconds(shape, sublayers, further, rates)
         if shape.width:
             seconds["connections"] += _connection_seconds(shape, len(sublayers), rates)
     for name, flops in edge_flops(shape, rank).items():
@@ -81,6 +89,8 @@ def micro_batch_seconds(shape: Shape, rank: int, rates: Rates) -> dict[str, floa
     for group, count in micro_batch_bytes(shape, rank).items():
         if group != "CP":  # overlaps with the attention of the block before
             seconds[f"{group} communication"] += count / rates.link(_within_node(shape, group))
+    if shape.overlaps_shared:
+        seconds["EP communication"] -= _hidden_seconds(shape, rank, rates)
     return dict(seconds)
 
 
@@ -123,7 +133,7 @@ def _forward_seconds(shape: Shape, symbol: str, rates: Rates) -> Counter:
     names = {"*": "attention", "-": "MLP", "E": "experts"}
     seconds = Counter()
     for unit, flops in sublayer_flops(shape, symbol).items():
-        spread = rates.imbalance if unit == "expert" else 1
+        spread = shape.imbalance if unit == "expert" else 1
         seconds[names[symbol]] += spread * flops / getattr(rates, unit)
     # The norm reads and writes D, and what experts get is gathered and added up again.
     copies = 4 * shape.top_k if symbol == "E" else 0
@@ -133,25 +143,52 @@ def _forward_seconds(shape: Shape, symbol: str, rates: Rates) -> Counter:
     return seconds
 
 
-def _recompute_seconds(shape: Shape, sublayers: str, rates: Rates) -> float:
-    """Megatron's recompute of the backbone: full all of it, selective of the modules named."""
-    again = sublayers
-    if shape.granularity == "full" and shape.method == "block":
-        again = sublayers[: shape.recompute_layers]
-    elif shape.granularity == "selective":
+def _again(shape: Shape, sublayers: str, further: bool) -> str:
+    """Those of a row of sublayers whose forward pass Megatron's recompute runs twice."""
+    if shape.granularity == "full" and shape.method == "uniform":
+        return sublayers
+    if shape.granularity == "full":  # which leaves further predictions alone
+        return "" if further else sublayers[: shape.recompute_layers]
+    if shape.granularity == "selective":
         chosen = {"-": "mlp", "E": "moe"}
-        again = "".join(symbol for symbol in sublayers if chosen.get(symbol) in shape.modules)
-        if "shared_experts" in shape.modules and "moe" not in shape.modules:
-            shared = shape.tokens / shape.tensor * (6 if shape.gated else 4) * shape.hidden * shape.shared_ffn
-            return sublayers.count("E") * shared / rates.matrix + _repeat(shape, again, rates)
-    elif shape.granularity != "full":
-        again = ""
-    return _repeat(shape, again, rates)
+        return "".join(symbol for symbol in sublayers if chosen.get(symbol) in shape.modules)
+    return ""
+
+
+def _recompute_seconds(shape: Shape, sublayers: str, further: bool, rates: Rates) -> float:
+    """Megatron's recompute of the backbone: of whole sublayers, and of parts of experts that are not repeated whole."""
+    seconds = _repeat(shape, _again(shape, sublayers, further), rates)
+    if shape.granularity != "selective" or "moe" in shape.modules:
+        return seconds
+    each = 0.0
+    if "shared_experts" in shape.modules:
+        each += _shared_seconds(shape, rates)
+    if "moe_act" in shape.modules:
+        copies = shape.imbalance * shape.top_k * shape.own_tokens
+        each += copies * mlp_bytes(shape, shape.expert_ffn) / rates.memory
+    if "layernorm" in shape.modules:  # reads and writes D
+        each += 2 * 2 * shape.own_tokens * shape.hidden / rates.memory
+    return seconds + sublayers.count("E") * each
+
+
+def _shared_seconds(shape: Shape, rates: Rates) -> float:
+    """Forward pass of a shared expert."""
+    return shape.tokens / shape.tensor * (6 if shape.gated else 4) * shape.hidden * shape.shared_ffn / rates.matrix
+
+
+def _hidden_seconds(shape: Shape, rank: int, rates: Rates) -> float:
+    """What experts send while the shared expert computes: there and back in each pass."""
+    link, shared = rates.link(_within_node(shape, "EP")), _shared_seconds(shape, rates)
+    one = sublayer_bytes_sent(shape, "E", passes=(1, 0))["EP"] / link
+    hidden = 0.0
+    for sublayers, further in rows(shape, rank):
+        forward = (sublayers + _again(shape, sublayers, further)).count("E")
+        hidden += forward * min(one, shared) + sublayers.count("E") * min(one, 2 * shared)
+    return hidden
 
 
 def _repeat(shape: Shape, sublayers: str, rates: Rates) -> float:
-    counts = Counter(sublayers).items()
-    return sum(count * sum(_forward_seconds(shape, symbol, rates).values()) for symbol, count in counts)
+    return sum(count * sum(_forward_seconds(shape, symbol, rates).values()) for symbol, count in counts(sublayers))
 
 
 def _connection_seconds(shape: Shape, connections: int, rates: Rates) -> float:
@@ -214,10 +251,12 @@ def sublayer_bytes_sent(shape: Shape, symbol: str, *, passes: tuple[int, int] = 
     whole = 2 * shape.tokens * shape.hidden
     sent = Counter()
     if symbol in "*-" or shape.shared_ffn:
-        times = 2 * forward + 3 * backward if shape.sequence_parallel else 2 * forward + 2 * backward
+        # Of an overlapped shared expert the gathered input is kept.
+        again = shape.sequence_parallel and not (symbol == "E" and shape.overlaps_shared)
+        times = 2 * forward + (3 if again else 2) * backward
         sent["TP"] += times * _ring(shape.tensor) * whole
     if symbol == "E":
-        copies = shape.own_tokens * shape.top_k
+        copies = shape.imbalance * shape.own_tokens * shape.top_k
         sent["EP"] += (forward + backward) * _ring(shape.expert) * copies * (2 * 2 * shape.hidden + 4)
     if symbol == "*" and shape.context > 1:
         both = 2 * 2 * shape.tokens * max(1, shape.groups / shape.tensor) * shape.head_channels
@@ -225,7 +264,7 @@ def sublayer_bytes_sent(shape: Shape, symbol: str, *, passes: tuple[int, int] = 
     if shape.partition == "width" and shape.width:
         width = shape.width
         sums = 4 * width.n * (1 + 2 * width.num_coefficients) if width.dynamic else 4 * width.n * width.num_coefficients
-        sent["TP"] += shape.tokens * 2 * _ring(shape.tensor) * sums
+        sent["TP"] += backward * shape.tokens * 2 * _ring(shape.tensor) * sums
         sent["TP"] += (forward + backward) * _ring(shape.tensor) * whole
     return sent
 
@@ -233,11 +272,13 @@ def sublayer_bytes_sent(shape: Shape, symbol: str, *, passes: tuple[int, int] = 
 def micro_batch_bytes(shape: Shape, rank: int) -> dict[str, float]:
     """What a rank of a pipeline stage sends for one micro-batch, forward and backward, by group; PP is not in it."""
     sent = Counter()
-    for sublayers, _ in rows(shape, rank):
-        repeated = 2 if shape.granularity == "full" else 1
-        for symbol, count in Counter(sublayers).items():
-            for group, value in sublayer_bytes_sent(shape, symbol, passes=(repeated, 1)).items():
-                sent[group] += count * value
+    for sublayers, further in rows(shape, rank):
+        for row, passes in ((sublayers, (1, 1)), (_again(shape, sublayers, further), (1, 0))):
+            for symbol, count in counts(row):
+                for group, value in sublayer_bytes_sent(shape, symbol, passes=passes).items():
+                    sent[group] += count * value
+        if shape.granularity == "selective" and "shared_experts" in shape.modules and "moe" not in shape.modules:
+            sent["TP"] += sublayers.count("E") * sublayer_bytes_sent(shape, "E", passes=(1, 0))["TP"]
     ring, tokens = _ring(shape.tensor), 2 * shape.tokens
     depths = len(shape.predictions) if rank == shape.pipeline - 1 else 0
     table = shape.over_width if shape.width and shape.virtual_width.embedding == "wide" else shape.hidden

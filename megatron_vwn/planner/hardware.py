@@ -14,7 +14,9 @@ class Rates:
     """One kind of GPU, how it is wired, and what is assumed of it.
 
     Attributes:
-        memory_gb: 10^9 bytes. Some per cent more are there, which the CUDA context, NCCL and fragmentation take.
+        memory_gb: 10^9 bytes of the GPU.
+        memory_margin: share of it that a layout must leave, for the CUDA context, NCCL, fragmentation and what the
+            formulas miss.
         matrix_tflops: dense bf16 products, 10^12 FLOPs per second.
         memory_gbs: HBM, 10^9 bytes per second, reads and writes together.
         nvlink_gbs: one GPU to the others of its node, one direction, 10^9 bytes per second.
@@ -25,7 +27,8 @@ class Rates:
         memory_share: of ``memory_gbs`` reached by kernels that only move data, connections apart.
         link_share: of both link rates reached by collectives.
         data_overlap: part of the data-parallel communication that may hide behind the passes beside it.
-        imbalance: tokens of the fullest expert-parallel rank over the mean.
+        imbalance: tokens of the fullest expert-parallel rank over the mean: its experts take longer, it sends and
+            receives more, and keeps more.
         connections: the GPU whose predicted kernels are taken; None for kernels that only move data.
     """
 
@@ -40,8 +43,14 @@ class Rates:
     memory_share: float = 0.80
     link_share: float = 0.75
     data_overlap: float = 0.80
-    imbalance: float = 1.0
+    imbalance: float = 1.1
+    memory_margin: float = 0.10
     connections: str | None = None
+
+    @property
+    def usable(self) -> float:
+        """Bytes of the GPU that a layout may need."""
+        return 1e9 * self.memory_gb * (1 - self.memory_margin)
 
     @property
     def matrix(self) -> float:
@@ -95,12 +104,14 @@ def rates(hardware: str, overrides: dict[str, float | None]) -> Rates:
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
-        lowest = 0 if name == "data_overlap" else 1 if name == "imbalance" else None
+        lowest = {"data_overlap": 0, "memory_margin": 0, "imbalance": 1}.get(name)
         if not value < float("inf") or (value <= 0 if lowest is None else value < lowest):
             wanted = "more than 0" if lowest is None else f"at least {lowest}"
             raise VirtualWidthError(f"{flag} is {value:g}: give a number of {wanted}.")
         if name in SHARES and value > 1:
             raise VirtualWidthError(f"{flag} is {value:g}: give a share of at most 1.")
+        if name == "memory_margin" and value >= 1:
+            raise VirtualWidthError(f"{flag} is {value:g}: give a share of less than 1.")
     return replace(HARDWARE[hardware], **given)
 
 

@@ -1,7 +1,6 @@
 """Memory of one rank by kind, in bytes: parameters and their states, activations, the over-width stream, buffers."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 from megatron_vwn.planner.activations import (
@@ -10,7 +9,7 @@ from megatron_vwn.planner.activations import (
     rebuilding_bytes,
     sublayer_bytes,
 )
-from megatron_vwn.planner.shape import Parameters, Shape
+from megatron_vwn.planner.shape import Parameters, Shape, counts
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def in_flight(shape: Shape, rank: int) -> list[int]:
 
 
 def _sum(shape: Shape, sublayers: str, backend: str) -> float:
-    return sum(count * sublayer_bytes(symbol, shape, backend) for symbol, count in Counter(sublayers).items())
+    return sum(count * sublayer_bytes(symbol, shape, backend) for symbol, count in counts(sublayers))
 
 
 def _chunks(shape: Shape, sublayers: str) -> tuple[int, str]:

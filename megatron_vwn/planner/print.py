@@ -24,6 +24,7 @@ _ASSUMPTIONS = {
     "link_share": "of the links' peaks in collectives",
     "data_overlap": "of a micro-batch's time that hides data-parallel messages",
     "imbalance": "tokens of the fullest expert-parallel rank over the mean",
+    "memory_margin": "of its memory that a layout must leave",
 }
 
 
@@ -52,7 +53,7 @@ def plan_lines(plan: Plan, twin: Plan | None, other: tuple[str, Memory] | None, 
     """
     shape, worst = plan.shape, plan.worst
     yield f"Layout: {layout(shape)}; {shape.micro_batches} micro-batches per step"
-    yield f"  parameters per rank, by pipeline stage: {', '.join(f'{held.total:,}' for held in plan.held)} (built)"
+    yield f"  parameters per rank, by pipeline stage, exact: {', '.join(f'{held.total:,}' for held in plan.held)}"
     memory = plan.memory[worst]
     yield f"  memory of the fullest rank, pipeline stage {worst} of {shape.pipeline}, predicted, in GB:"
     kinds = {field.name: field.name for field in fields(memory)} | {"buffers": "p2p buffers"}
@@ -64,8 +65,10 @@ def plan_lines(plan: Plan, twin: Plan | None, other: tuple[str, Memory] | None, 
             f"    {name}: activations {needed.activations / _GB:.2f}, stream {needed.stream / _GB:.2f}, total "
             f"{needed.total / _GB:.2f}"
         )
-    if not plan.fits(rates):
+    if memory.total > _GB * rates.memory_gb:
         yield f"  WARNING: {(memory.total / _GB - rates.memory_gb):.2f} GB more than the GPU has."
+    elif not plan.fits(rates):
+        yield f"  WARNING: this leaves less than {rates.memory_margin:.0%} of the GPU's memory."
     yield "  bytes sent per step by the busiest rank, predicted, in GB: " + ", ".join(
         f"{group} {count / _GB:.3f}" for group, count in sorted(plan.step.sent.items())
     )
@@ -78,20 +81,49 @@ def plan_lines(plan: Plan, twin: Plan | None, other: tuple[str, Memory] | None, 
         if seconds > 0:
             yield f"    {name:<24}{seconds:>9.3f} s {seconds / step.seconds:>7.1%}"
     if twin is not None:
-        share = 1 - twin.step.seconds / step.seconds
-        yield f"  share of the virtual width in the step, predicted: {share:.1%} (without it {twin.step.seconds:.3f} s)"
+        yield f"  the same layout without the virtual width, whose own best may be another: {twin.step.seconds:.3f} s"
 
 
 def search_lines(plans: list[Plan], looked: int, rates: Rates) -> Iterator[str]:
     """The layouts that a search found."""
     if not plans:
-        yield f"None of {looked} layouts and settings that divide fits into {rates.memory_gb:g} GB: take more GPUs."
+        yield (
+            f"None of {looked} layouts and micro-batches that divide fits into the {rates.usable / _GB:g} GB that "
+            "--memory-margin leaves: take more GPUs."
+        )
         return
-    yield f"Best of {looked} layouts and settings that divide, by predicted time:"
+    yield f"Best of {looked} layouts and micro-batches that divide, with all kinds of recompute, by predicted time:"
     yield f"  {'step s':>8} {'tokens/s':>12} {'GB':>6}  layout"
-    for plan in plans:
-        total = plan.memory[plan.worst].total / _GB
-        yield f"  {plan.step.seconds:>8.3f} {plan.step.tokens_per_second:>12,.0f} {total:>6.1f}  {layout(plan.shape)}"
+    yield from map(_found_line, plans)
+
+
+def twin_lines(own: Plan | None, found: list[Plan], twin: list[Plan], looked: int) -> Iterator[str]:
+    """The best layout of the model without a virtual width, and what the virtual width is against that.
+
+    Args:
+        own: the recipe's layout, if it can be run.
+        found: the recipe's best layouts.
+        twin: the twin's; the first is its best.
+        looked: how many of its layouts divide.
+    """
+    if not twin:
+        yield f"None of {looked} layouts of its twin without a virtual width fits."
+        return
+    yield f"Its twin without a virtual width has a best layout of its own, of {looked}:"
+    yield _found_line(twin[0])
+    for name, seconds in shares(own, found, twin).items():
+        yield f"  share of the virtual width in the step against that, {name}, predicted: {seconds:.1%}"
+
+
+def shares(own: Plan | None, found: list[Plan], twin: list[Plan]) -> dict[str, float]:
+    """What of a step the twin would not need in its own best layout, of the recipe's layout and of the best found."""
+    of = {"in this recipe's layout": [own] if own else [], "in the best found": found[:1]}
+    return {name: 1 - twin[0].step.seconds / plans[0].step.seconds for name, plans in of.items() if plans and twin}
+
+
+def _found_line(plan: Plan) -> str:
+    total = plan.memory[plan.worst].total / _GB
+    return f"  {plan.step.seconds:>8.3f} {plan.step.tokens_per_second:>12,.0f} {total:>6.1f}  {layout(plan.shape)}"
 
 
 def assumption_lines(hardware: str, rates: Rates, width: Width | None) -> Iterator[str]:
@@ -102,7 +134,8 @@ def assumption_lines(hardware: str, rates: Rates, width: Width | None) -> Iterat
     if width is not None and rates.connections is not None:
         yield from taken_lines(rates.connections, width)
     yield "  Layers are Transformer Engine's, with FlashAttention and the fused kernels of the virtual width. TP and EP"
-    yield "  messages wait, CP hides behind attention, and groups beyond a node go at the network's rate throughout."
+    yield "  messages wait, CP hides behind attention, and EP with moe-shared-expert-overlap behind the shared expert."
+    yield "  Groups beyond a node go at the network's rate throughout."
 
 
 def as_json(plan: Plan, twin: Plan | None) -> dict:

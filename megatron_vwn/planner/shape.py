@@ -1,6 +1,8 @@
 """What the planner needs to know of a recipe: sizes of the model, its stages, and the parallel layout."""
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.ops.costs import Width
@@ -37,6 +39,8 @@ class Shape:
         block: ``--vwn-recompute-block``.
         shards_optimizer, overlaps_gradients: of the data-parallel ranks.
         gradient_bytes, optimizer_bytes: of one parameter.
+        overlaps_shared: whether the messages of experts go while the shared expert computes.
+        imbalance: tokens of the fullest expert-parallel rank over the mean, assumed; 1 where one rank has all experts.
     """
 
     hidden: int
@@ -79,6 +83,8 @@ class Shape:
     overlaps_gradients: bool
     gradient_bytes: int
     optimizer_bytes: int
+    overlaps_shared: bool = False
+    imbalance: float = 1.0
 
     @property
     def over_width(self) -> int:
@@ -148,9 +154,22 @@ class Parameters:
     def __add__(self, other: "Parameters") -> "Parameters":
         return Parameters(self.dense + other.dense, self.experts + other.experts, self.summed + other.summed)
 
+    def __mul__(self, times: int) -> "Parameters":
+        return Parameters(self.dense * times, self.experts * times, self.summed * times)
 
-def shape_of(recipe: Recipe) -> Shape:
+
+@cache
+def counts(sublayers: str) -> tuple[tuple[str, int], ...]:
+    """How often each symbol comes; a search asks for the same rows a hundred thousand times."""
+    return tuple(Counter(sublayers).items())
+
+
+def shape_of(recipe: Recipe, imbalance: float = 1.0) -> Shape:
     """A recipe in numbers.
+
+    Args:
+        recipe: the run.
+        imbalance: see ``Shape``.
 
     Raises:
         VirtualWidthError: its layout does not divide, or it has something that the planner has no formulas for.
@@ -165,6 +184,7 @@ def shape_of(recipe: Recipe) -> Shape:
     parallel = bool(recipe.get("sequence-parallel")) and tensor > 1
     virtual_width = virtual_width_of(recipe.flags)
     routed = bool(recipe.get("num-experts"))
+    shared_ffn = recipe.get("moe-shared-expert-intermediate-size") or 0 if routed else 0
     precise = bool(recipe.get("use-precision-aware-optimizer"))
     state_keys = ("main-params-dtype", "exp-avg-dtype", "exp-avg-sq-dtype") if precise else ("", "", "")
     return Shape(
@@ -180,7 +200,7 @@ def shape_of(recipe: Recipe) -> Shape:
         experts=recipe.number("num-experts") if routed else 0,
         top_k=recipe.number("moe-router-topk", 2) if routed else 0,
         expert_ffn=recipe.number("moe-ffn-hidden-size", recipe.number("ffn-hidden-size", 4 * hidden)) if routed else 0,
-        shared_ffn=recipe.get("moe-shared-expert-intermediate-size") or 0 if routed else 0,
+        shared_ffn=shared_ffn,
         vocabulary=recipe.number("padded-vocab-size"),
         sequence=recipe.number("seq-length"),
         width=virtual_width and Width.of(virtual_width, hidden),
@@ -212,6 +232,8 @@ def shape_of(recipe: Recipe) -> Shape:
         if recipe.get("grad-reduce-in-bf16")
         else _bytes(recipe.get("main-grads-dtype") if precise else None),
         optimizer_bytes=sum(_bytes(recipe.get(key)) for key in state_keys),
+        overlaps_shared=bool(recipe.get("moe-shared-expert-overlap") and shared_ffn),
+        imbalance=imbalance if recipe.number("expert-model-parallel-size", 1) > 1 else 1.0,
     )
 
 

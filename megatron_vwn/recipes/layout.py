@@ -61,8 +61,12 @@ def check_stages(recipe: Recipe) -> None:
     Raises:
         VirtualWidthError: the first fault.
     """
+    _check_experts(recipe, _stages_of_ranks(recipe))
+
+
+def _check_experts(recipe: Recipe, stages: list[list[str]]) -> None:
     check_experts(
-        _stages_of_ranks(recipe),
+        stages,
         recipe.get("moe-router-load-balancing-type", "aux_loss"),
         recipe.get("moe-aux-loss-coeff"),
         recipe.get("moe-z-loss-coeff"),
@@ -119,8 +123,9 @@ def check_layout(recipe: Recipe) -> None:
         )
     if tensor > 1 and recipe.get("num-experts") and not recipe.get("sequence-parallel"):
         raise VirtualWidthError("experts on several tensor-parallel ranks need sequence-parallel: make it true.")
-    check_stages(recipe)
-    _check_recompute(recipe)
+    stages = _stages_of_ranks(recipe)
+    _check_experts(recipe, stages)
+    _check_recompute(recipe, stages)
     check_virtual_width(recipe.flags)
 
 
@@ -156,7 +161,7 @@ _RECOMPUTE = {
 }
 
 
-def _check_recompute(recipe: Recipe) -> None:
+def _check_recompute(recipe: Recipe, stages: list[list[str]]) -> None:
     for key, choices in _RECOMPUTE.items():
         given = recipe.get(key)
         for value in given if isinstance(given, list) else [] if given is None else [given]:
@@ -164,7 +169,7 @@ def _check_recompute(recipe: Recipe) -> None:
                 raise VirtualWidthError(f"{key} has {value!r}: choose from {', '.join(choices)}.")
     granularity, method = recipe.get("recompute-granularity"), recipe.get("recompute-method")
     layers = recipe.number("recompute-num-layers", 1)
-    single = recomputes_single_sublayers(granularity, method, layers, _stages_of_ranks(recipe))
+    single = recomputes_single_sublayers(granularity, method, layers, stages)
     if single and recipe.get("vwn-recompute-block"):
         raise VirtualWidthError(BLOCKS_OF_ONE)
     if (granularity, method) == ("full", "uniform") and "/" in hybrid_pattern(recipe) and layers > 1:

@@ -17,6 +17,8 @@ sys.path.insert(0, str(LAUNCH))
 import supervise  # noqa: E402
 import torchrun  # noqa: E402
 
+from megatron_vwn.recipes.recipe import load_recipe  # noqa: E402
+
 # Stored command: the launcher and its words. `python tests/examples/test_recipes_launch.py` writes them anew.
 STORED = {
     "one-node": ("torchrun.sh", "moe-0.4b-4b nodes=1 micro-batch-size=2 --baseline"),
@@ -28,7 +30,7 @@ STORED = {
     "resiliency": (
         "torchrun.sh",
         "moe-2.5b-25b in-job-restart=nvidia-resiliency-ext --rdzv-endpoint node0:29500 --rdzv-id a -- --lr 1e-4 "
-        "--no-create-attention-mask-in-dataloader",
+        "--empty-unused-memory-level 1",
     ),
     "slurm": ("slurm.sbatch", "moe-a3.3b lr=2e-4 -- --seed 7"),
     "dense": ("torchrun.sh", "dense-1b"),
@@ -73,6 +75,21 @@ def test_a_dry_run_of_many_nodes_needs_no_place_to_meet(capsys, monkeypatch):
     assert "--standalone" in out and err == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "ordered"),
+    [
+        ([], False),
+        (["context-parallel-size=2"], True),
+        (["tensor-model-parallel-size=2"], True),
+        (["pipeline-model-parallel-size=2"], False),
+    ],
+)
+def test_launches_are_put_in_order_only_where_tensor_or_context_parallelism_needs_it(words, ordered):
+    found = torchrun.environment(load_recipe("dense-1b", words))
+    assert (found.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1") == ordered
+    assert set(found) - {"CUDA_DEVICE_MAX_CONNECTIONS"} == set(torchrun.ENVIRONMENT)
+
+
 def refusal(capsys, *words: str) -> str:
     """The one sentence with which a real start is refused, before anything is started."""
     assert torchrun.main(list(words)) == torchrun.REFUSED
@@ -109,18 +126,18 @@ def refusal(capsys, *words: str) -> str:
         ),
         (
             ["moe-2.5b-25b", "stages-per-rank=3"],
-            "31 layers and the one of multi-token prediction cannot be divided into 12",
+            "31 layers and the one of multi-token prediction cannot be divided into 6",
         ),
         (
-            ["moe-2.5b-25b", "global-batch-size=32"],
-            "a step has 2 micro-batches, which interleaved stages cannot take 4",
+            ["moe-2.5b-25b", "global-batch-size=128"],
+            "a step has 1 micro-batches, which interleaved stages cannot take 2",
         ),
         (
-            ["moe-2.5b-25b", "sequence-parallel=false"],
+            ["moe-2.5b-25b", "tensor-model-parallel-size=2", "sequence-parallel=false"],
             "experts on several tensor-parallel ranks need sequence-parallel",
         ),
         (["moe-2.5b-25b", "layers-per-stage=[4, 4]"], "layers-per-stage [4, 4] has 8 layers in 2 stages"),
-        (["moe-a0.8b-r8", "no-overlap-p2p-communication=true"], "computes wrong results on two pipeline ranks"),
+        (["moe-a3.3b", "no-overlap-p2p-communication=true"], "computes wrong results on two pipeline ranks"),
         (["moe-a0.8b-r8", "hidden-size=1540"], "--hidden-size 1540 is not divisible by --vwn-m 8"),
         (["moe-a0.8b-r8", "--", "--vwn-n", "4"], "--vwn-n 4 is smaller than --vwn-m 8"),
         (["moe-a0.8b-r8", "--baseline", "vwn-n=16"], "the baseline has no virtual width: drop vwn-n or --baseline"),
@@ -131,7 +148,10 @@ def refusal(capsys, *words: str) -> str:
         (["moe-0.4b-4b", "--shrink", "0"], "--shrink is 0"),
         (["moe-0.4b-4b", "nodes=010"], "nodes of moe-0.4b-4b is '010'"),
         (["moe-0.4b-4b", "--", "--nodes", "2"], "--nodes is no flag of the training program"),
-        (["moe-a3.3b", "vwn-recompute-block=4"], "finds no two sublayers in a row"),
+        (
+            ["moe-a3.3b", "recompute-granularity=full", "recompute-method=uniform"],
+            "finds no two sublayers in a row",
+        ),
         (["moe-0.4b-4b", "recompute-modules=core_atn"], "recompute-modules has 'core_atn': choose from core_attn"),
         (["moe-0.4b-4b", "nodes=1", "in-job-restart=slurm"], "choose torchrun or nvidia-resiliency-ext"),
     ],

@@ -286,6 +286,13 @@ FLAGS: dict[str, tuple[dict[str, Layout], Case]] = {
             moe_shared_expert_overlap=True,
         ),
     ),
+    # Of the recipes; messages of experts pass while the shared expert computes.
+    "overlapped shared expert, stream recompute, MTP": (
+        {"EP2 x TP2+SP": EP2_TP2_SP},
+        Case(pattern="*-*E/*E", virtual_width=stream(recompute_block=4)).but(
+            moe_token_dispatcher_type="alltoall", moe_shared_expert_overlap=True
+        ),
+    ),
     "sinkhorn": (
         {"EP2": EP2},
         MOE.but(moe_router_load_balancing_type="sinkhorn", moe_router_topk=1, moe_aux_loss_coeff=0.0),
@@ -383,6 +390,7 @@ CHECKS = [
     *(f"generation: {name}" for name in GENERATION),
     "n-grams are what their definition says",
     "MTP leaves the next token alone",
+    "no attention mask",
     *(f"padded vocabulary: {name}" for name in PADDED),
     "weight decay",
     "same backbone, seed for seed",

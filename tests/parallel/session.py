@@ -14,6 +14,7 @@ import sys  # noqa: E402
 import traceback  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -274,6 +275,20 @@ def next_token_with_and_without_further_predictions() -> str:
     return f"{alone:.6f} in both"
 
 
+def no_attention_mask() -> str:
+    """Local attention, that of further predictions too, is causal without a mask: losses and gradients to the bit."""
+    session = harness.build(ALONE, Case("*-*-/*-"), seed=5)
+    outcomes = []
+    for mask in (harness.causal_mask, lambda: None):
+        with mock.patch.object(harness, "causal_mask", mask):
+            outcomes.append((losses_of(session), harness.collect(session, "gradients")[0]))
+    (losses, gradients), (other_losses, other_gradients) = outcomes
+    expect(losses == other_losses, f"{other_losses} instead of {losses}")
+    different = [key for key in gradients if not torch.equal(gradients[key], other_gradients[key])]
+    expect(not different, different)
+    return f"{len(gradients)} gradients"
+
+
 def padded_vocabulary(layout: Layout, case: Case) -> str:
     """Rows that pad a vocabulary for more ranks change neither losses nor gradients, and get none themselves."""
     parameters, losses, gradients = reference(case)
@@ -360,6 +375,8 @@ def check(name: str) -> str:
             return next_token_with_and_without_further_predictions()
         case "padded vocabulary":
             return padded_vocabulary(*PADDED[rest])
+        case "no attention mask":
+            return no_attention_mask()
         case "weight decay":
             return weight_decay()
         case "same backbone, seed for seed":

@@ -39,10 +39,11 @@ from megatron_vwn.planner.costs import edge_flops, micro_batch_bytes, micro_batc
 from megatron_vwn.planner.hardware import HARDWARE, Rates  # noqa: E402
 from megatron_vwn.planner.memory import in_flight, kept_bytes, message_bytes  # noqa: E402
 from megatron_vwn.planner.print import layout  # noqa: E402
-from megatron_vwn.planner.search import search  # noqa: E402
-from megatron_vwn.planner.shape import shape_of, with_gpus  # noqa: E402
+from megatron_vwn.planner.recompute import NO_RECOMPUTE, kinds  # noqa: E402
+from megatron_vwn.planner.search import Candidates, plan, search  # noqa: E402
+from megatron_vwn.planner.shape import Parameters, shape_of, with_gpus  # noqa: E402
 from megatron_vwn.recipes.layout import check_layout  # noqa: E402
-from megatron_vwn.recipes.recipe import Recipe, load_recipe  # noqa: E402
+from megatron_vwn.recipes.recipe import Recipe, load_recipe, recipe_names  # noqa: E402
 from megatron_vwn.training.model import VirtualWidthModelBuilder  # noqa: E402
 
 SMALL = {
@@ -60,6 +61,7 @@ SMALL = {
     "max-position-embeddings": 64,
     "micro-batch-size": 2,
     "cross-entropy-loss-fusion": False,
+    "vwn-recompute-block": None,
 }
 LAYERS = [[1, "*-"], [1, "*E"]]
 # Guesses of one core; only the order of the times is looked at.
@@ -72,7 +74,7 @@ def small(layers: list = LAYERS, *, baseline: bool = False, **values) -> Recipe:
     if not any("E" in sublayers for _, sublayers in layers):
         values |= {key: None for key in load_recipe("moe-a3.3b").sections["model"] if "moe-" in key}
         values |= {"num-experts": None, "moe-token-dispatcher-type": None, "mtp": None, "expert-model-parallel-size": 1}
-    recipe = load_recipe("moe-a3.3b", shrink=64, baseline=baseline).with_values(SMALL | parameters.NO_RECOMPUTE)
+    recipe = load_recipe("moe-a3.3b", shrink=64, baseline=baseline).with_values(SMALL | NO_RECOMPUTE)
     gpus = math.prod(values.pop("gpus", (1,)))
     recipe = recipe.with_values({"layers": layers, "global-batch-size": 16 * gpus, "gpus-per-node": gpus} | values)
     return with_gpus(recipe, gpus)
@@ -86,36 +88,36 @@ def wide(**values) -> dict:
 
 
 def coordinates(recipe: Recipe) -> dict:
-    """Held by every distinct rank, as the planner says and as built, and the sum over shards that are not copies."""
-    shape = shape_of(recipe)
-    predicted, whole = parameters.exact_and_count(recipe)
-    parts = parameters.pieces(recipe)
-    added_up = [parameters.stage_parameters(shape, parts, rank) for rank in range(shape.pipeline)]
+    """Held by every distinct rank and in all, added up of parts and as built, and the sum over shards that are not
+    copies."""
+    shape, parts = shape_of(recipe), parameters.pieces(recipe)
     different, summed, shards, seen = [], [], set(), set()
     with simulation.simulated_world(recipe.arguments(transformer_engine=False), recipe.world_size) as world:
+        count = world.count()
         for rank in world.distinct_ranks():
             built = world.build(rank)
             shards |= set(built.shards())
             seen.add((built.tensor, built.pipeline, built.expert))
-            own = [parameter for _, parameter in built.parameters()]
-            # Those whose gradients Megatron sums over tensor-parallel ranks after the backward pass are marked.
-            held = [sum(each.numel() for each in own if which(each)) for which in (lambda _: True, _is_summed)]
-            expected = [predicted[built.pipeline].total, predicted[built.pipeline].summed]
-            summed.append(held[1])
-            if held != expected:
-                different.append([rank, held, expected])
+            held = sum((_held(parameter) for _, parameter in built.parameters()), Parameters())
+            summed.append(held.summed)
+            if held != parts.ranks(shape)[built.pipeline]:
+                different.append([rank, str(held), str(parts.ranks(shape)[built.pipeline])])
     return {
         "coordinates": len(seen),
         "different": different,
         "summed": min(summed),
-        "total": whole.total,
+        "counts": [str(parts.count(shape)), str(count)],
+        "total": count.total,
         "shards": sum(math.prod(shard.shape) for shard in shards),
-        "pieces differ": [[str(a), str(b)] for a, b in zip(predicted, added_up, strict=True) if a != b],
     }
 
 
-def _is_summed(parameter: torch.nn.Parameter) -> bool:
-    return getattr(parameter, "sequence_parallel", False)
+def _held(parameter: torch.nn.Parameter) -> Parameters:
+    number = parameter.numel()
+    if not getattr(parameter, "allreduce", True):
+        return Parameters(experts=number)
+    # Those whose gradients Megatron sums over tensor-parallel ranks after the backward pass are marked.
+    return Parameters(dense=number, summed=number * getattr(parameter, "sequence_parallel", False))
 
 
 # Activations
@@ -361,17 +363,17 @@ def built() -> dict:
     for name, memory in (("moe-0.4b-4b", 3), ("moe-a3.3b", 6)):
         recipe = load_recipe(name).with_values({"layers": [[1, "*-"], [3, "*E"]], "num-experts": 8, "mtp": None})
         recipe = with_gpus(recipe.with_values({"stages-per-rank": 1, "pipeline-model-parallel-size": 1}), 8)
-        plans, _ = search(recipe, replace(HARDWARE["h100"], memory_gb=memory), 2)
-        for plan in plans:
+        plans, _ = search(recipe, parameters.pieces(recipe), replace(HARDWARE["h100"], memory_gb=memory), 2)
+        for one in plans:
             # As Megatron would run it, recompute included, but for what wants Transformer Engine.
-            wanting = plan.shape.granularity == "selective" and "layernorm" in plan.shape.modules
-            own = plan.recipe.with_values(parameters.NO_RECOMPUTE) if wanting else plan.recipe
+            wanting = one.shape.granularity == "selective" and "layernorm" in one.shape.modules
+            own = one.recipe.with_values(NO_RECOMPUTE) if wanting else one.recipe
             shards = set()
             with simulation.simulated_world(own.arguments(transformer_engine=False), 8) as world:
                 total = world.count().total
                 for rank in world.distinct_ranks():
                     shards |= set(world.build(rank).shards())
-            found[f"{name} {layout(plan.shape)}"] = [sum(math.prod(shard.shape) for shard in shards), total]
+            found[f"{name} {layout(one.shape)}"] = [sum(math.prod(shard.shape) for shard in shards), total]
     return found
 
 
@@ -417,20 +419,40 @@ def ranking() -> dict:
     }
 
 
-def found() -> list[dict]:
-    """The best layouts on four GPUs."""
+def found() -> dict:
+    """The best layouts on four GPUs, and the time of the best among all layouts with all kinds of recompute."""
     recipe = small([[1, "*-"], [3, "*E"]], gpus=(4,), micro_batch_size=1, **wide())
-    plans, _ = search(recipe, replace(CPU, memory_gb=0.06), 8)
-    return [
-        {
-            "layout": [plan.shape.tensor, plan.shape.pipeline, plan.shape.virtual, plan.shape.expert],
-            "recipe": {**plan.recipe.sections["layout"], **plan.recipe.sections["optimizer"]},
-            "pattern": "|".join(plan.shape.stages),
-            "seconds": plan.step.seconds,
-            "memory": plan.memory[plan.worst].total / 1e9,
-        }
-        for plan in plans
+    parts, rates = parameters.pieces(recipe), replace(CPU, memory_gb=0.066, memory_margin=0.1)
+    plans, _ = search(recipe, parts, rates, 8)
+    every = [
+        plan(candidate.with_values(kind.flags()), parts, rates)
+        for candidate, shape in Candidates(recipe, parts, rates).found
+        for kind in kinds(shape, grouped=True)
     ]
+    return {
+        "best of all": min(each.step.seconds for each in every if each.fits(rates)),
+        "plans": [
+            {
+                "layout": [each.shape.tensor, each.shape.pipeline, each.shape.virtual, each.shape.expert],
+                "recipe": {**each.recipe.sections["layout"], **each.recipe.sections["optimizer"]},
+                "pattern": "|".join(each.shape.stages),
+                "seconds": each.step.seconds,
+                "memory": each.memory[each.worst].total / 1e9,
+            }
+            for each in plans
+        ],
+    }
+
+
+def recipes() -> dict[str, list[float]]:
+    """Predicted seconds of each recipe's layout and of the best that its planner finds, and whether its own fits."""
+    answers = {}
+    for name in recipe_names():
+        recipe, rates = load_recipe(name), HARDWARE["h100"]
+        parts = parameters.pieces(recipe)
+        own, best = plan(recipe, parts, rates), next(Candidates(recipe, parts, rates).fastest())
+        answers[name] = [own.step.seconds, plan(best, parts, rates).step.seconds, own.fits(rates)]
+    return answers
 
 
 def main() -> None:
@@ -441,6 +463,8 @@ def main() -> None:
     tp, layers = {"tensor_model_parallel_size": 2}, [[1, "*-"], [3, "*E"]]
     tp_pp_ep = tp | {"gpus": (8,), "pipeline_model_parallel_size": 2, "layers_per_stage": [2, 2]}
     pp_ep = {"gpus": (8,), "pipeline_model_parallel_size": 4, "layers_per_stage": [1] * 4, "mtp": None}
+    tp_pp = tp | {"gpus": (4,), "pipeline_model_parallel_size": 2}
+    by_width_4 = {"sequence_parallel": False, "num_query_groups": 4}
     dense, by_width = [[1, "*-"]], tp | {"gpus": (2,), "sequence_parallel": False}
     answers = {
         "parameters": {
@@ -449,6 +473,13 @@ def main() -> None:
                 small(layers, **tp_pp_ep, expert_model_parallel_size=2, **wide(vwn_n=3))
             ),
             "PP4 EP2, baseline": coordinates(small([[4, "*E"]], **pp_ep, expert_model_parallel_size=2, baseline=True)),
+            "TP2 PP2, projected": coordinates(small([[2, "*-"]], **tp_pp, **wide(vwn_embedding="projected"))),
+            "TP2 PP2, tied baseline": coordinates(
+                small([[2, "*-"]], **tp_pp, baseline=True, untie_embeddings_and_output_weights=False)
+            ),
+            "TP4 PP2, width": coordinates(
+                small([[2, "*-"]], **tp_pp | {"gpus": (8,), "tensor_model_parallel_size": 4}, **by_width_4, **wide())
+            ),
         },
         "saved": {"baseline": saved(small(baseline=True)), "(2, 8)": saved(small(**wide()))},
         "alive": {
@@ -475,6 +506,7 @@ def main() -> None:
         "verdicts": verdicts(),
         "built": built(),
         "found": found(),
+        "recipes": recipes(),
         "ranking": ranking(),
     }
     json.dump(answers, sys.stdout)

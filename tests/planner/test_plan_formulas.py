@@ -4,7 +4,7 @@ Two stages, "*-" and "*E": D = 8, two heads of 4 channels, one key head, F = 32,
 token, 64 rows, one sequence of 16 tokens per micro-batch, PP2, EP2, DP2 on one node.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
@@ -24,7 +24,10 @@ from megatron_vwn.planner.costs import (
 )
 from megatron_vwn.planner.hardware import HARDWARE, Rates
 from megatron_vwn.planner.memory import in_flight, kept_bytes, once_bytes, rank_memory
-from megatron_vwn.planner.shape import Parameters, Shape
+from megatron_vwn.planner.recompute import Recompute, kinds
+from megatron_vwn.planner.shape import Parameters, Shape, shape_of
+from megatron_vwn.recipes.recipe import Recipe, load_recipe
+from megatron_vwn.recipes.width import virtual_width_of
 
 # fmt: off
 SMALL = Shape(
@@ -95,8 +98,6 @@ def test_rates_and_their_shares():
         slower = micro_batch_seconds(SMALL, 1, replace(SLOW, **{name: 0.5}))
         assert slower[part] > micro_batch_seconds(SMALL, 1, SLOW)[part]
     assert sum(micro_batch_seconds(SMALL, 1, replace(SLOW, matrix_tflops=5e-7)).values()) > 1.8 * full
-    fuller = micro_batch_seconds(SMALL, 1, replace(SLOW, imbalance=2))["experts"]
-    assert fuller - micro_batch_seconds(SMALL, 1, SLOW)["experts"] == pytest.approx(3 * 24576e-6)
     two_nodes = replace(SMALL, gpus_per_node=2)
     assert step_time(two_nodes, HELD, SLOW).parts["pipeline messages"] == pytest.approx(4 * 1024e-6)
     assert step_time(two_nodes, HELD, SLOW).parts["gradients and weights"] == pytest.approx(3000e-6)
@@ -110,6 +111,41 @@ def test_rates_and_their_shares():
     assert micro_batch_seconds(replace(SMALL, gpus=8, data=4, gpus_per_node=2), 1, SLOW)[
         "EP communication"
     ] == pytest.approx(1152e-6)
+
+
+def test_the_fullest_rank_of_experts_computes_sends_and_keeps_more():
+    even, fuller = (micro_batch_seconds(shape, 1, SLOW) for shape in (SMALL, replace(SMALL, imbalance=2)))
+    assert fuller["experts"] - even["experts"] == pytest.approx(3 * 24576e-6)
+    assert fuller["EP communication"] == pytest.approx(2 * even["EP communication"])
+    more = sublayer_bytes("E", replace(SMALL, imbalance=2), "fused") - sublayer_bytes("E", SMALL, "fused")
+    assert more == 16 * 2 * (2 * 8 + 6 * 16 + 4)
+    # All ranks of one expert-parallel rank's group have all experts, and each computes its own tokens.
+    recipe = load_recipe("moe-0.4b-4b")
+    assert shape_of(recipe, 1.1).imbalance == 1.1
+    assert shape_of(recipe.with_values({"expert-model-parallel-size": 1}), 1.1).imbalance == 1
+
+
+def test_messages_of_experts_hide_behind_the_shared_expert():
+    shared = replace(SMALL, shared_ffn=4)
+    waiting, hidden = (
+        micro_batch_seconds(shape, 1, SLOW)["EP communication"]
+        for shape in (shared, replace(shared, overlaps_shared=True))
+    )
+    # 576 bytes there and back in each pass, behind 3072 FLOPs; at a tenth of the rate the forward pass hides not all.
+    assert waiting == pytest.approx(2 * 576e-6) and hidden == pytest.approx(0)
+    slow = replace(SLOW, nvlink_gbs=1e-4)
+    exposed = micro_batch_seconds(replace(shared, overlaps_shared=True), 1, slow)["EP communication"]
+    assert exposed == pytest.approx((5760 - 3072) * 1e-6)
+    # On several ranks its gathered input is kept and not gathered again.
+    tensors = replace(shared, tensor=2, data=1, sequence_parallel=True)
+    overlapped = replace(tensors, overlaps_shared=True)
+    assert micro_batch_bytes(tensors, 1)["TP"] - micro_batch_bytes(overlapped, 1)["TP"] == 0.5 * 2 * 16 * 8
+    assert sublayer_bytes("E", overlapped, "fused") - sublayer_bytes("E", tensors, "fused") == 2 * 16 * 8
+
+
+def test_the_margin_of_the_memory():
+    assert HARDWARE["h100"].usable == pytest.approx(72e9)
+    assert replace(SLOW, memory_margin=0.25).usable == pytest.approx(0.75e9)
 
 
 def test_gradients_hide_behind_a_micro_batch_and_no_more():
@@ -226,6 +262,49 @@ def test_full_and_selective_recompute():
     chosen = replace(SMALL, granularity="selective", modules=("moe",))
     assert micro_batch_seconds(chosen, 1, SLOW)["recompute"] == pytest.approx(again["experts"] / 3)
     assert sublayer_bytes("E", chosen, "fused") == 16 * (20 + 16)
+    # The experts' tokens travel again, too; what has no experts in it is not repeated.
+    assert micro_batch_seconds(chosen, 1, SLOW)["EP communication"] == pytest.approx(1.5 * 1152e-6)
+    assert micro_batch_seconds(chosen, 0, SLOW)["recompute"] == 0
+    # Parts of experts: the norm reads and writes D, two copies' activations 2 * 2F and F; nothing is sent.
+    parts = micro_batch_seconds(replace(chosen, modules=("layernorm", "moe_act")), 1, SLOW)
+    assert parts["recompute"] == pytest.approx(16 * (4 * 8 + 2 * 6 * 16) * 1e-6)
+    assert parts["EP communication"] == pytest.approx(1152e-6)
+
+
+def test_recompute_by_blocks_repeats_its_first_sublayers_only():
+    shape = replace(SMALL, granularity="full", method="block", recompute_layers=1, predictions=("*E",))
+    attention = micro_batch_seconds(SMALL, 1, SLOW)["attention"] / 3
+    again = micro_batch_seconds(shape, 1, SLOW)
+    assert again["recompute"] == pytest.approx(attention)
+    assert again["EP communication"] == pytest.approx(2 * 1152e-6)
+    uniform = micro_batch_seconds(replace(shape, method="uniform"), 1, SLOW)
+    assert uniform["recompute"] == pytest.approx((uniform["attention"] + uniform["experts"]) / 3)
+
+
+@pytest.mark.parametrize("name", ["moe-a3.3b", "moe-0.4b-4b", "dense-1b"])
+def test_kinds_of_recompute_are_what_the_loader_takes(name):
+    """As flags of a recipe they are read as they were meant, of the twin, too; the first is none."""
+    for recipe in (load_recipe(name, ["vwn-recompute-block=null"]), load_recipe(name, baseline=True)):
+        plain = shape_of(recipe)
+        every = list(kinds(plain, grouped=True))
+        assert every[0] == Recompute() and len(set(every)) == len(every) > 2
+        for kind in every:
+            assert shape_of(recipe.with_values(kind.flags())) == replace(plain, **_meant(kind, recipe))
+        blocks, modules = {kind.block for kind in every}, {kind.modules for kind in every}
+        assert (len(blocks) > 2) == (not recipe.baseline)
+        assert (("layernorm", "moe_act") in modules) == (name != "dense-1b")
+        # Which Megatron does not recompute where it overlaps them with messages.
+        assert not any("shared_experts" in each for each in modules)
+    apart = shape_of(load_recipe("moe-a3.3b", ["moe-shared-expert-overlap=false"]))
+    assert any("shared_experts" in kind.modules for kind in kinds(apart, grouped=True))
+    assert not any("moe_act" in kind.modules for kind in kinds(apart, grouped=False))
+
+
+def _meant(kind: Recompute, recipe: Recipe) -> dict[str, object]:
+    """A kind as the fields of a shape; the block is one of the settings of a virtual width, too."""
+    width = virtual_width_of(recipe.flags)
+    blocks = {} if width is None else {"virtual_width": replace(width, recompute_block=kind.block)}
+    return asdict(kind) | blocks
 
 
 def test_connections_of_hardware_without_predictions_take_their_floor():

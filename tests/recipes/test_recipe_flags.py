@@ -101,7 +101,7 @@ def test_what_the_paper_states_is_a_number(tmp_path):
         (["recompute-method=all"], "recompute-method has 'all': choose from uniform, block."),
         (["recompute-modules=core_atn"], "recompute-modules has 'core_atn': choose from core_attn,"),
         (["recompute-modules=[mlp, moe_]"], "recompute-modules has 'moe_'"),
-        (["vwn-recompute-block=4"], "--vwn-recompute-block finds no two sublayers in a row"),
+        (["recompute-granularity=full", "recompute-method=uniform"], "--vwn-recompute-block finds no two sublayers in"),
     ],
 )
 def test_recompute_that_cannot_be_is_refused(words, said):
@@ -111,5 +111,6 @@ def test_recompute_that_cannot_be_is_refused(words, said):
 
 
 def test_stream_recompute_beside_some_of_megatrons_is_accepted():
-    load_recipe("moe-a3.3b", ["vwn-recompute-block=4", "recompute-method=block", "recompute-num-layers=2"])
-    load_recipe("moe-a3.3b", ["vwn-recompute-block=4", "recompute-granularity=null"])
+    some = ["recompute-granularity=full", "recompute-method=block", "recompute-num-layers=2"]
+    load_recipe("moe-a3.3b", ["vwn-recompute-block=4", *some])
+    load_recipe("moe-a3.3b", ["vwn-recompute-block=4", "recompute-granularity=selective", "recompute-modules=moe_act"])

@@ -23,6 +23,9 @@ FLAGS = {
     "num_query_groups": 1,
     "add_bias_linear": False,
     "recompute_modules": None,
+    "moe_router_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_flex_dispatcher_backend": "deepep",
 }
 
 
@@ -45,6 +48,25 @@ def test_a_sublayer_needs_its_package(monkeypatch, symbol, flag, package):
     assert refused_with(package, "install it", hybrid_layer_pattern=f"{symbol}-")
     monkeypatch.setattr(layer_rules, flag, True)
     assert sentences(hybrid_layer_pattern=f"{symbol}-") == []
+
+
+def test_fused_routers_need_a_transformer_engine_that_has_them(monkeypatch):
+    flags = {"hybrid_layer_pattern": "*E", "moe_router_fusion": True}
+    monkeypatch.setattr(layer_rules, "fused_topk_with_score_function", None)
+    assert refused_with("--moe-router-fusion", "Transformer Engine 2.6", **flags)
+    monkeypatch.setattr(layer_rules, "fused_topk_with_score_function", print)
+    assert sentences(**flags) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "flag"), [("deepep", "HAVE_DEEP_EP"), ("hybridep", "HAVE_HYBRIDEP"), ("ncclep", "HAVE_TE_EP")]
+)
+def test_a_flexible_dispatcher_needs_its_package(monkeypatch, backend, flag):
+    flags = {"hybrid_layer_pattern": "*E", "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+    assert refused_with("--moe-token-dispatcher-type flex", "alltoall", **flags)
+    assert sentences(**flags | {"hybrid_layer_pattern": "*-"}) == []  # of no effect without experts
+    monkeypatch.setattr(layer_rules, flag, True)
+    assert sentences(**flags) == []
 
 
 @pytest.mark.parametrize("symbol", ["+", "D", "G", "E"])

@@ -12,6 +12,12 @@ def megatron_parser() -> argparse.ArgumentParser:
     return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
 
 
+@cache
+def megatron_flags() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Every argument of Megatron's parser with the spellings of its flag, once: a parser takes a tenth of a second."""
+    return tuple((action.dest, tuple(action.option_strings)) for action in megatron_parser()._actions)
+
+
 def megatron_defaults() -> dict[str, object]:
     """What Megatron's parser gives to every argument that is not typed, before validation derives further ones."""
     return _of_world(os.environ.get("WORLD_SIZE"))

@@ -7,6 +7,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.ssm.gated_delta_net.common import HAVE_FLA
 from megatron.core.ssm.mamba_mixer import HAVE_MAMBA_SSM
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP, HAVE_TE_EP
+from megatron.core.transformer.moe.moe_utils import fused_topk_with_score_function
 
 Args = argparse.Namespace
 _LATENT = {Symbols.MLA, Symbols.DS_ATTENTION}
@@ -36,6 +38,14 @@ def _has_latent_attention(args: Args) -> bool:
 
 def _without_sequence_parallel(args: Args) -> bool:
     return args.tensor_model_parallel_size > 1 and not args.sequence_parallel
+
+
+def _lacks_dispatcher(args: Args) -> bool:
+    """Whether experts would send by a package that is not installed."""
+    if args.moe_token_dispatcher_type != "flex" or Symbols.MOE not in pattern_of(args):
+        return False
+    backends = {"deepep": HAVE_DEEP_EP, "hybridep": HAVE_HYBRIDEP, "ncclep": HAVE_TE_EP}
+    return not backends.get(args.moe_flex_dispatcher_backend, False)
 
 
 def _looks_elsewhere(window: tuple[int, ...] | None) -> bool:
@@ -110,6 +120,16 @@ LAYER_RULES: tuple[tuple[Callable[[Args], object], str], ...] = (
     (
         lambda args: _is_local(args) and Symbols.MOE in pattern_of(args) and args.add_bias_linear,
         "--transformer-impl local cannot train experts with biases: add --disable-bias-linear.",
+    ),
+    # Both end in a traceback of Megatron's, the first only in step 1.
+    (
+        lambda args: args.moe_router_fusion and fused_topk_with_score_function is None,
+        "--moe-router-fusion needs Transformer Engine 2.6 or later: install it, or drop the flag.",
+    ),
+    (
+        _lacks_dispatcher,
+        "--moe-token-dispatcher-type flex finds no package of its --moe-flex-dispatcher-backend (deepep: deep_ep): "
+        "install it, or give alltoall.",
     ),
     (
         lambda args: not HAVE_TE and _RECOMPUTED_WITHOUT_OUTPUT & set(args.recompute_modules or ()),

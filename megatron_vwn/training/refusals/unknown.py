@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.training.flags.defaults import megatron_defaults, megatron_parser
+from megatron_vwn.training.flags.defaults import megatron_defaults, megatron_flags
 from megatron_vwn.training.refusals.versions import ALLOW_UNTESTED, untested_megatron
 
 
@@ -40,11 +40,11 @@ def unknown_flags(args: argparse.Namespace) -> list[str]:
     """Flags of the installed Megatron that the support matrix does not know and that have not their default."""
     defaults = megatron_defaults()
     return [
-        action.option_strings[0]
-        for action in megatron_parser()._actions
-        if not known_flags() & set(action.option_strings)
-        and action.dest in defaults
-        and getattr(args, action.dest, defaults[action.dest]) != defaults[action.dest]
+        spellings[0]
+        for name, spellings in megatron_flags()
+        if not known_flags() & set(spellings)
+        and name in defaults
+        and getattr(args, name, defaults[name]) != defaults[name]
     ]
 
 
