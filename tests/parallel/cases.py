@@ -324,6 +324,36 @@ TRAINING: dict[str, tuple[Layout, Case]] = {
     "TP2+SP distributed optimizer": (Layout(tp=2, sequence_parallel=True, distributed_optimizer=True), Case()),
 }
 
+# name -> (layout, case, how Muon orthogonalises what tensor-parallel ranks share): five steps equal one rank's.
+MUON_DENSE = Case(pattern="*-*-/*-", virtual_width=stream(**NGRAMS))
+MUON: dict[str, tuple[Layout, Case, str]] = {
+    "TP2+SP": (TP2_SP, MUON_DENSE, "duplicated"),
+    "TP2 width": (TP2, MUON_DENSE.but(_position_embedding_type="learned_absolute"), "duplicated"),
+    "TP2 width, distributed": (TP2, MUON_DENSE, "distributed"),
+    "TP2 replicated": (TP2, Case(MUON_DENSE.pattern, stream(partition="replicated", **NGRAMS)), "duplicated"),
+    "PP2 x VPP2": (PP2_VPP2, MUON_DENSE, "duplicated"),
+    "TP2+SP x PP2, GQA, distributed": (
+        Layout(tp=2, pp=2, sequence_parallel=True),
+        MUON_DENSE.but(num_query_groups=2),
+        "distributed",
+    ),
+    "EP2": (EP2, FURTHER, "duplicated"),
+    "EP2 x TP2+SP": (EP2_TP2_SP, FURTHER, "duplicated"),
+    "MLA, TP2+SP": (TP2_SP, LATENT, "duplicated"),
+}
+
+# Data-parallel ranks that share Muon's work layer by layer train as those that each do all of it. Megatron does it in
+# bf16 only.
+LAYERS_OF_MUON: dict[str, tuple[Layout, Case]] = {
+    name: (layout, case.but(bf16=True))
+    for name, layout, case in (
+        ("TP2+SP", TP2_SP, MUON_DENSE),
+        ("TP2 width", TP2, MUON_DENSE),
+        ("PP2 x VPP2", PP2_VPP2, MUON_DENSE),
+        ("EP2", EP2, FURTHER),
+    )
+}
+
 # name -> (layout that saves, layout that loads, case in both): with the distributed optimizer in all.
 DENSE = Case(pattern="*-*-/*-", virtual_width=stream(**NGRAMS))
 TP2_SP_PP2 = Layout(tp=2, pp=2, sequence_parallel=True)
@@ -377,6 +407,9 @@ PADDED: dict[str, tuple[Layout, Case]] = {
 CHECKS = [
     *(f"parity: {name}" for name in PARITY),
     *(f"replicas: {name}" for name in TRAINING),
+    *(f"muon: {name}" for name in MUON),
+    *(f"layers of Muon: {name}" for name in LAYERS_OF_MUON),
+    "Muon trains what it should",
     *(f"resharding: {name}" for name in RESHARDING),
     *(f"birth: {name}" for name in BIRTH),
     *(f"birth with MTP: {name}" for name in BIRTH_MTP),

@@ -24,6 +24,8 @@ from parallel.cases import (  # noqa: E402
     BIRTH_MTP,
     CHECKS,
     GENERATION,
+    LAYERS_OF_MUON,
+    MUON,
     NGRAMS,
     PADDED,
     PARITY,
@@ -47,6 +49,7 @@ FP32_TOLERANCES = 1e-6, 1e-4
 BF16_TOLERANCES = 1e-2, 3e-2
 BIRTH_TOLERANCE = 1e-5  # the same function, computed through a wide stream
 TRAINING_STEPS = 20
+MUON_STEPS = 5
 
 
 @cache
@@ -110,13 +113,13 @@ def _without_layout(case: Case) -> Case:
     return dataclasses.replace(case, virtual_width=virtual_width, overrides=overrides)
 
 
-def optimizer_of(session: harness.Session):
+def optimizer_of(session: harness.Session, optimizer: str = "adam", **further):
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=optimizer,
         lr=1e-2,
         weight_decay=0.1,
-        clip_grad=1.0,
         use_distributed_optimizer=session.layout.distributed_optimizer,
+        **{"clip_grad": 1.0, **further},
     )
     return get_megatron_optimizer(config, session.chunks)
 
@@ -145,6 +148,80 @@ def replicas(layout: Layout, case: Case) -> str:
     still = [key for key in after if harness.is_virtual_width(key) and torch.equal(before[key], after[key])]
     expect(not still, f"never trained: {still}")
     return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+def muon_of(session: harness.Session, tp_mode: str = "duplicated", **further):
+    # The default precision is bf16, in which the iteration makes more of another order of sums.
+    settings = {"muon_tp_mode": tp_mode, "muon_fp32_matmul_prec": "high", "muon_nesterov": True}
+    return optimizer_of(session, "muon", **settings, **further)
+
+
+@cache
+def trained_by_muon_alone(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of five steps of Muon on one rank, and the parameters after them."""
+    parameters, _, _ = reference(case)
+    session = harness.build(ALONE, case, seed=2)
+    harness.load_globals(session, parameters)
+    losses = train(session, muon_of(session), range(MUON_STEPS))
+    return losses, harness.collect(session)[0]
+
+
+def muon(layout: Layout, case: Case, tp_mode: str) -> str:
+    """Five steps of Muon from one set of parameters have the losses of one rank, and replicas stay bitwise equal."""
+    parameters, _, _ = reference(_without_layout(case))
+    losses, expected = trained_by_muon_alone(_without_layout(case))
+    session = harness.build(layout, case, seed=2)
+    harness.load_globals(session, parameters)
+    actual = train(session, muon_of(session, tp_mode), range(MUON_STEPS))
+    after, unequal = harness.collect(session)
+    expect(not unequal, f"replicas drifted apart: {unequal}")
+    still = [key for key in after if torch.equal(after[key], parameters[key])]
+    expect(not still, f"never trained: {still}")
+    off = max(abs(a - e) / e for a, e in zip(actual, losses, strict=True))
+    expect(off <= 1e-5, f"losses {actual} instead of {losses}")
+    return f"losses {off:.1e}, {within(harness.relative_errors(after, expected), 1e-3)}"
+
+
+def layers_of_muon(layout: Layout, case: Case) -> str:
+    """Muon's work shared by data-parallel ranks: bitwise the parameters, and the gradient norm, of three steps of all.
+
+    Without clipping, whose norm is summed in another order.
+    """
+    parameters, _, _ = reference(case)
+    results = []
+    for shared in (False, True):
+        session = harness.build(layout, case, seed=2)
+        harness.load_globals(session, parameters)
+        optimizer = muon_of(
+            session, bf16=True, params_dtype=torch.bfloat16, clip_grad=1e9, use_layer_wise_distributed_optimizer=shared
+        )
+        norms = []
+        for step in range(3):
+            optimizer.zero_grad()
+            losses_of(session, step)
+            norms.append(optimizer.step()[1])
+        after, unequal = harness.collect(session)
+        expect(not unequal, f"replicas drifted apart: {unequal}")
+        results.append((after, norms))
+    (whole, norms), (parts, other_norms) = results
+    different = [key for key in whole if not torch.equal(whole[key], parts[key])]
+    expect(not different, f"trained differently: {different}")
+    off = max(abs(a - e) / e for a, e in zip(other_norms, norms, strict=True))
+    expect(off <= 1e-5, f"gradient norms {other_norms} instead of {norms}")
+    return f"norms {off:.1e}"
+
+
+def trained_by_muon() -> str:
+    """Which parameters of a model with everything Muon has, by name, in its own groups."""
+    case = Case(pattern="+E+-/+-", virtual_width=stream(embedding="projected", **NGRAMS))
+    session = harness.build(Layout(), case.but(normalization="LayerNorm"))
+    names = {id(p): name.removeprefix("module.") for name, p in session.parameters()}
+    given = {True: set(), False: set()}
+    for group in muon_of(session).param_groups:
+        given[group.get("optimizer") is None] |= {names[id(p)] for p in group["params"]}
+    expect(given[True] | given[False] == set(names.values()), "parameters without a group")
+    vwn = {muon: {n.split(".", 1)[-1] for n in found if harness.is_virtual_width(n)} for muon, found in given.items()}
+    return repr(given)
 
 
 @cache
@@ -346,6 +423,12 @@ def check(name: str) -> str:
             return parity(*PARITY[rest])
         case "replicas":
             return replicas(*TRAINING[rest])
+        case "muon":
+            return muon(*MUON[rest])
+        case "layers of Muon":
+            return layers_of_muon(*LAYERS_OF_MUON[rest])
+        case "Muon trains what it should":
+            return trained_by_muon()
         case "resharding":
             return reshard(*RESHARDING[rest])
         case "birth":

@@ -142,4 +142,6 @@ def _typed(args: argparse.Namespace, names: list[str]) -> str:
 
 
 def _flag(name: str) -> str:
+    if name == "use_layer_wise_distributed_optimizer":  # what Megatron makes of the flag where the optimizer is Muon
+        name = "use_distributed_optimizer"
     return f"--{name.replace('_', '-')}"
