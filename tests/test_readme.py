@@ -224,7 +224,7 @@ def answers(valued_file, answers_file):
         setattr(args, action.dest, value)
         return args
 
-    plain, muon = parsed([]), parsed("--optimizer muon --muon-scalar-optimizer lion".split())
+    plain, muon = parsed([]), parsed(["--optimizer", "muon", "--muon-scalar-optimizer", "lion"])
     assert sentence(copy.copy(plain)) is None
     result = {}
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)

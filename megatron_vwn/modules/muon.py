@@ -31,9 +31,8 @@ _MUON = {
     (Connection, "norm"): False,
     (GroupNorm, "weight"): False,
     (GroupNorm, "bias"): False,
-    # A column of W is the logit of one coefficient, and reads, carries and writes have gradients of their own sizes; Muon
-    # would move all of them alike, and two of its scale modes take the first of [E, K] for what a matrix puts out. The
-    # quickstart's (2,8) ends at 4.510 with Adam and at 4.527 with Muon (its baseline at 4.581).
+    # A column of W is the logit of one coefficient. Reads, carries and writes have gradients of their own sizes, which
+    # Muon would make one; and two of its scale modes take E, the first dimension, for what a matrix puts out.
     (Connection, "weight"): False,
     # Factors of the embedding and of the head, which Adam trains: W_expand E is the table of the wide stream. They are
     # divided by the square root of what they sum over, which fits a step of Adam, whose singular values add up; one of

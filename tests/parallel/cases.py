@@ -324,40 +324,10 @@ TRAINING: dict[str, tuple[Layout, Case]] = {
     "TP2+SP distributed optimizer": (Layout(tp=2, sequence_parallel=True, distributed_optimizer=True), Case()),
 }
 
-# name -> (layout, case, how Muon orthogonalises what tensor-parallel ranks share): five steps equal one rank's.
-MUON_DENSE = Case(pattern="*-*-/*-", virtual_width=stream(**NGRAMS))
-MUON: dict[str, tuple[Layout, Case, str]] = {
-    "TP2+SP": (TP2_SP, MUON_DENSE, "duplicated"),
-    "TP2 width": (TP2, MUON_DENSE.but(_position_embedding_type="learned_absolute"), "duplicated"),
-    "TP2 width, distributed": (TP2, MUON_DENSE, "distributed"),
-    "TP2 replicated": (TP2, Case(MUON_DENSE.pattern, stream(partition="replicated", **NGRAMS)), "duplicated"),
-    "PP2 x VPP2": (PP2_VPP2, MUON_DENSE, "duplicated"),
-    "TP2+SP x PP2, GQA, distributed": (
-        Layout(tp=2, pp=2, sequence_parallel=True),
-        MUON_DENSE.but(num_query_groups=2),
-        "distributed",
-    ),
-    "EP2": (EP2, FURTHER, "duplicated"),
-    "EP2 x TP2+SP": (EP2_TP2_SP, FURTHER, "duplicated"),
-    "MLA, TP2+SP": (TP2_SP, LATENT, "duplicated"),
-}
-
-# Data-parallel ranks that share Muon's work layer by layer train as those that each do all of it. Megatron does it in
-# bf16 only.
-LAYERS_OF_MUON: dict[str, tuple[Layout, Case]] = {
-    name: (layout, case.but(bf16=True))
-    for name, layout, case in (
-        ("TP2+SP", TP2_SP, MUON_DENSE),
-        ("TP2 width", TP2, MUON_DENSE),
-        ("PP2 x VPP2", PP2_VPP2, MUON_DENSE),
-        ("EP2", EP2, FURTHER),
-    )
-}
-
-# name -> (layout that saves, layout that loads, case in both): with the distributed optimizer in all.
+# name -> (layout that saves, layout that loads, case in both, and another optimizer than the distributed Adam).
 DENSE = Case(pattern="*-*-/*-", virtual_width=stream(**NGRAMS))
 TP2_SP_PP2 = Layout(tp=2, pp=2, sequence_parallel=True)
-RESHARDING: dict[str, tuple[Layout, Layout, Case]] = {
+RESHARDING: dict[str, tuple[Layout, Layout, Case] | tuple[Layout, Layout, Case, str]] = {
     name: (TP2_SP, layout, case)
     for name, layout, case in (
         ("TP1", Layout(), DENSE),
@@ -380,6 +350,20 @@ RESHARDING: dict[str, tuple[Layout, Layout, Case]] = {
 }
 # And from one optimizer to the two that Megatron has where experts have a data-parallel group of their own.
 RESHARDING["experts, EP1 to EP2"] = (Layout(), EP2, FURTHER)
+
+# name -> (layout, case, how Muon orthogonalises what tensor-parallel ranks share): five steps equal one rank's.
+SMALL = Case(pattern="*-/*-", virtual_width=stream(**NGRAMS))
+SMALL_EXPERTS = Case(pattern="*E/*E")
+MUON: dict[str, tuple[Layout, Case, str]] = {
+    "TP2+SP": (TP2_SP, SMALL, "duplicated"),
+    "TP2 width": (TP2, SMALL, "distributed"),
+    "TP2 replicated": (TP2, Case(SMALL.pattern, stream(partition="replicated", **NGRAMS)), "duplicated"),
+    "PP2": (PP2, SMALL, "duplicated"),
+    "EP2": (EP2, SMALL_EXPERTS, "duplicated"),
+}
+# Data-parallel ranks that share Muon's work by layers train as those that each do all of it.
+LAYERS_OF_MUON = {"EP2": (EP2, SMALL_EXPERTS)}
+RESHARDING["Muon, PP2"] = (TP2_SP, PP2, SMALL, "muon")
 
 # (m, n, reduction norm): function-preserving without the norm; with it only at a vanishing norm eps.
 BIRTH: dict[str, tuple[int, int, bool]] = {

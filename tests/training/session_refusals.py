@@ -122,6 +122,16 @@ def settings_of_muon():
         return [compared, str(refusal)]
 
 
+def moved_experts():
+    """The sentence about experts of Muon that leave their own data-parallel group; among the others they may move."""
+    eight, four, one = (Namespace(optimizer="muon", num_experts=8, expert_model_parallel_size=ep) for ep in (8, 4, 1))
+    optimizer._refuse_moved_experts("here", eight, four)
+    try:
+        optimizer._refuse_moved_experts("here", eight, one)
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
+
+
 def other_vocabulary():
     """Sentences about tokenizers for a checkpoint, whose vocabulary two ranks padded to a multiple of 256."""
     said = []
@@ -358,6 +368,7 @@ def main(cases_file, results_file):
     results["other document end"] = other_document_end()
     results["other backend"] = other_backend()
     results["no Muon"], results["Muon's settings"] = without_emerging_optimizers(), settings_of_muon()
+    results["moved experts"] = moved_experts()
     layout = {"tensor_model_parallel_size": 4, "group_query_attention": True, "num_query_groups": 2}
     results["split query groups"] = refused_by_choice(optimizer_choice.WIDE_OPTIMIZER_RULES, **layout)
     results["damaged load"] = damaged_load()

@@ -394,6 +394,7 @@ def test_refused_for_every_model(prepared, flags, model):
             "Muon from Adam",
             ["--optimizer adam --muon-momentum 0.9, but", "--optimizer muon --muon-momentum 0.95: give"],
         ),
+        ("moved experts", ["--expert-model-parallel-size 8", "with 1", "at least 2", "--no-load-optim"]),
         ("split query groups", ["--muon-no-split-qkv", "fewer ranks"]),
         ("no Muon", ["emerging-optimizers", "install the extra muon"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
