@@ -48,11 +48,13 @@ def _gather_unequal_sizes() -> None:
     real = dist.all_gather
 
     @functools.wraps(real)
-    def all_gather(tensor_list, tensor, group=None, async_op=False):
-        if len({each.numel() for each in tensor_list}) == 1:
-            return real(tensor_list, tensor, group, async_op)
-        tensor_list[dist.get_rank(group)].copy_(tensor)
-        for i, each in enumerate(tensor_list):
+    def all_gather(*args, **kwargs):
+        given = dict(zip(("tensor_list", "tensor", "group"), args, strict=False)) | kwargs
+        received, group = given["tensor_list"], given.get("group")
+        if len({each.numel() for each in received}) == 1:
+            return real(*args, **kwargs)
+        received[dist.get_rank(group)].copy_(given["tensor"])
+        for i, each in enumerate(received):
             dist.broadcast(each, group=group, group_src=i)
         return None  # no work is left to wait for, asynchronous or not
 

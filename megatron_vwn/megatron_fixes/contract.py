@@ -347,6 +347,7 @@ USES = (
         "cpu/gloo.py",
         "replace",
     ),
+    Use("torch.distributed", "all_gather", ("tensor_list", "tensor", "group", "async_op"), "cpu/gloo.py", "replace"),
     Use("torch.distributed", "ProcessGroupGloo", PRESENT, "cpu/gloo.py", "replace"),
     Use("torch.distributed.ProcessGroupGloo", "_Options", PRESENT, "cpu/gloo.py", "call"),
     Use("torch.distributed.ProcessGroupGloo._Options", "_devices", PRESENT, "cpu/gloo.py", "replace"),
