@@ -17,7 +17,6 @@ from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from parallel import harness, resharding  # noqa: E402
 from parallel.cases import (  # noqa: E402
     ALONE,
@@ -39,6 +38,7 @@ from parallel.cases import (  # noqa: E402
 )
 from parallel.generation import generation  # noqa: E402
 from parallel.harness import expect  # noqa: E402
+from parallel.optimizers import losses_of, optimizer_for, optimizer_of, train  # noqa: E402
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig  # noqa: E402
 from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
@@ -65,12 +65,6 @@ def reference(case: Case):
     losses = losses_of(session)
     gradients, _ = harness.collect(session, "gradients")
     return parameters, losses, gradients
-
-
-def losses_of(session: harness.Session, step: int = 0) -> list[float]:
-    """Forward and backward of one global batch: the loss of the next token and of each further one."""
-    loss = harness.forward_backward(session, step)
-    return [loss, *(harness.further_losses(session) if session.config.mtp_num_layers else [])]
 
 
 def expect_losses(session: harness.Session, losses: list[float]) -> tuple[dict, list[str], float]:
@@ -114,28 +108,6 @@ def _without_layout(case: Case) -> Case:
     return dataclasses.replace(case, virtual_width=virtual_width, overrides=overrides)
 
 
-def optimizer_of(session: harness.Session, optimizer: str = "adam", **further):
-    config = OptimizerConfig(
-        optimizer=optimizer,
-        lr=1e-2,
-        weight_decay=0.1,
-        use_distributed_optimizer=session.layout.distributed_optimizer,
-        **{"clip_grad": 1.0, **further},
-    )
-    return get_megatron_optimizer(config, session.chunks)
-
-
-def train(session: harness.Session, optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        # Without it the fp32 optimizer's p.grad is still main_grad, and the next backward adds it to itself.
-        optimizer.zero_grad()
-        losses += losses_of(session, step)
-        successful, _, _ = optimizer.step()
-        expect(successful, "a step was skipped")
-    return losses
-
-
 def replicas(layout: Layout, case: Case) -> str:
     """After 20 Adam steps every replica of every parameter is bitwise equal on all ranks."""
     parameters, _, _ = reference(_without_layout(case))
@@ -149,19 +121,6 @@ def replicas(layout: Layout, case: Case) -> str:
     still = [key for key in after if harness.is_virtual_width(key) and torch.equal(before[key], after[key])]
     expect(not still, f"never trained: {still}")
     return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
-
-
-def optimizer_for(kind: str, session: harness.Session, **further):
-    """Adam, Muon, or Muon whose work data-parallel ranks share by layers."""
-    if kind == "adam":
-        return optimizer_of(session)
-    # The default precision is bf16, in which the iteration makes more of another order of sums.
-    settings = {"muon_tp_mode": "duplicated", "muon_fp32_matmul_prec": "high", "muon_nesterov": True}
-    if session.config.bf16:
-        settings |= {"bf16": True, "params_dtype": torch.bfloat16}
-    if kind == "layers of muon":
-        settings["use_layer_wise_distributed_optimizer"] = True
-    return optimizer_of(session, "muon", **{**settings, **further})
 
 
 @cache
