@@ -42,6 +42,7 @@ TYPED = {
     "--multiple-validation-sets": "--full-validation --multiple-validation-sets --eval-micro-batch-size 1",
     "--transformer-impl": "--transformer-impl local",
     "--optimizer": "--optimizer sgd",
+    "--muon-coefficient-type": "--optimizer muon --muon-coefficient-type polar_express",
     "--position-embedding-type": "--position-embedding-type yarn",
     "--ckpt-format": "--ckpt-format torch_dist",
     "--non-persistent-ckpt-type": "--non-persistent-ckpt-type global",
@@ -223,7 +224,7 @@ def answers(valued_file, answers_file):
         setattr(args, action.dest, value)
         return args
 
-    plain = parsed([])
+    plain, muon = parsed([]), parsed(["--optimizer", "muon", "--muon-scalar-optimizer", "lion"])
     assert sentence(copy.copy(plain)) is None
     result = {}
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
@@ -239,7 +240,8 @@ def answers(valued_file, answers_file):
             elif flag in TYPED:
                 result[flag] = sentence(parsed(TYPED[flag].split()))
             else:
-                result[flag] = sentence(changed(action, plain))
+                belongs_to_muon = action.dest.startswith(("muon_", "lion_"))
+                result[flag] = sentence(changed(action, muon if belongs_to_muon else plain))
     result |= {words: sentence(parsed(words.split())) for words in json.loads(Path(valued_file).read_text())}
     Path(answers_file).write_text(json.dumps(result))
 

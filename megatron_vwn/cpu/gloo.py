@@ -5,6 +5,7 @@ Megatron trains in, empty and aliased buffers included. What is left:
 
 - The split sizes of ``all_to_all_single`` have to be integers, and Megatron converts its tensors of sizes only when
   they are on a GPU.
+- ``all_gather`` wants equal sizes; Megatron's layer-wise optimizer gathers what each rank has of the parameters.
 - Every group brings a network device, whose thread wakes a hundred times a second. Megatron makes dozens of groups,
   dozens more for each new layout, and never closes them: 60 idle groups cost 6 % of a core in every rank, 0.3 % when
   they share one device.
@@ -20,8 +21,9 @@ from megatron_vwn.cpu.stand_in import constructed_by
 
 
 def install() -> None:
-    """Convert split sizes, and let all gloo groups of this process share one network device."""
+    """Convert split sizes, gather unequal ones, and let all gloo groups of this process share one network device."""
     _accept_tensors_as_split_sizes()
+    _gather_unequal_sizes()
     if dist.is_gloo_available():
         _share_network_device()
 
@@ -40,6 +42,23 @@ def _accept_tensors_as_split_sizes() -> None:
         return real(*args[:2], *map(_integers, args[2:]), **sizes)
 
     dist.all_to_all_single = all_to_all_single
+
+
+def _gather_unequal_sizes() -> None:
+    real = dist.all_gather
+
+    @functools.wraps(real)
+    def all_gather(*args, **kwargs):
+        given = dict(zip(("tensor_list", "tensor", "group"), args, strict=False)) | kwargs
+        received, group = given["tensor_list"], given.get("group")
+        if len({each.numel() for each in received}) == 1:
+            return real(*args, **kwargs)
+        received[dist.get_rank(group)].copy_(given["tensor"])
+        for i, each in enumerate(received):
+            dist.broadcast(each, group=group, group_src=i)
+        return None  # no work is left to wait for, asynchronous or not
+
+    dist.all_gather = all_gather
 
 
 def _share_network_device() -> None:

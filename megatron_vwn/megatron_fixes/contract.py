@@ -264,6 +264,21 @@ USES = (
         "modules/layers.py",
         "override",
     ),
+    Use(
+        _CORE + "optimizer.layer_wise_optimizer",
+        "is_managed_by_layer_wise_optimizer",
+        ("param",),
+        "modules/muon.py",
+        "replace",
+    ),
+    Use(_CORE + "optimizer.emerging_optimizers", "_EMERGING_OPTIMIZERS", "dict", "modules/muon.py", "replace"),
+    Use(
+        _CORE + "optimizer.emerging_optimizers.TensorParallelMuon",
+        "orthogonalize",
+        ("self", "p", "grad", "kwargs"),
+        "modules/muon.py",
+        "override",
+    ),
     # What runs and checkpoints call.
     Use(
         _CORE + "model_parallel_config.ModelParallelConfig",
@@ -332,6 +347,7 @@ USES = (
         "cpu/gloo.py",
         "replace",
     ),
+    Use("torch.distributed", "all_gather", ("tensor_list", "tensor", "group", "async_op"), "cpu/gloo.py", "replace"),
     Use("torch.distributed", "ProcessGroupGloo", PRESENT, "cpu/gloo.py", "replace"),
     Use("torch.distributed.ProcessGroupGloo", "_Options", PRESENT, "cpu/gloo.py", "call"),
     Use("torch.distributed.ProcessGroupGloo._Options", "_devices", PRESENT, "cpu/gloo.py", "replace"),

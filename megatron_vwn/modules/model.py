@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_vwn.config import VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.modules.embedding import OverWidthEmbedding
 from megatron_vwn.modules.multi_token_prediction import VirtualWidthMTPBlock
+from megatron_vwn.modules.muon import choose_for_muon
 from megatron_vwn.modules.ngram_embedding import remember_tokens
 from megatron_vwn.modules.stack import VirtualWidthStack
 
@@ -66,6 +67,7 @@ class VirtualWidthModel(HybridModel):
             self.decoder.predicts_further_tokens = True
             self.mtp.finish_trunk = self.decoder.finish
         self.virtual_width = virtual_width
+        choose_for_muon(self)
 
     def forward(
         self,

@@ -56,7 +56,11 @@ def collectives():
     receive_sizes = torch.tensor([3 if mine == 2 else 0, 0])
     send_sizes = torch.tensor([0, 3 if mine == 1 else 0])
     dist.all_to_all_single(received, sent, receive_sizes, send_sizes)
+    # As many of each rank's number as the number says.
+    gathered = [torch.empty(1), torch.empty(2)]
+    dist.all_gather(gathered, torch.full((int(mine),), mine), async_op=True)
     return {
+        "all_gather": [each.tolist() for each in gathered],
         "all_reduce": average.tolist(),
         "reduce_scatter": scattered.tolist(),
         "coalesced": [output.tolist() for output in coalesced],

@@ -26,6 +26,7 @@ def ranks(tmp_path_factory):
 def test_averages_and_exchanges(ranks):
     for rank, received in enumerate(([], [1.0, 1.0, 1.0])):
         assert ranks[rank]["collectives"] == {
+            "all_gather": [[1.0], [2.0, 2.0]],
             "all_reduce": [1.5, 1.5],
             "reduce_scatter": [1.5, 1.5],
             "coalesced": [[1.5, 1.5], [1.5]],

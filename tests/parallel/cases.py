@@ -331,10 +331,10 @@ TRAINING: dict[str, tuple[Layout, Case]] = {
     "TP2+SP distributed optimizer": (Layout(tp=2, sequence_parallel=True, distributed_optimizer=True), Case()),
 }
 
-# name -> (layout that saves, layout that loads, case in both): with the distributed optimizer in all.
+# name -> (layout that saves, layout that loads, case in both, and another optimizer than the distributed Adam).
 DENSE = Case(pattern="*-*-/*-", virtual_width=stream(**NGRAMS))
 TP2_SP_PP2 = Layout(tp=2, pp=2, sequence_parallel=True)
-RESHARDING: dict[str, tuple[Layout, Layout, Case]] = {
+RESHARDING: dict[str, tuple[Layout, Layout, Case] | tuple[Layout, Layout, Case, str]] = {
     name: (TP2_SP, layout, case)
     for name, layout, case in (
         ("TP1", Layout(), DENSE),
@@ -357,6 +357,20 @@ RESHARDING: dict[str, tuple[Layout, Layout, Case]] = {
 }
 # And from one optimizer to the two that Megatron has where experts have a data-parallel group of their own.
 RESHARDING["experts, EP1 to EP2"] = (Layout(), EP2, FURTHER)
+
+# name -> (layout, case, how Muon orthogonalises what tensor-parallel ranks share): five steps equal one rank's.
+SMALL = Case(pattern="*-/*-", virtual_width=stream(**NGRAMS))
+SMALL_EXPERTS = Case(pattern="*E/*E")
+MUON: dict[str, tuple[Layout, Case, str]] = {
+    "TP2+SP": (TP2_SP, SMALL, "duplicated"),
+    "TP2 width": (TP2, SMALL, "distributed"),
+    "TP2 replicated": (TP2, Case(SMALL.pattern, stream(partition="replicated", **NGRAMS)), "duplicated"),
+    "PP2": (PP2, SMALL, "duplicated"),
+    "EP2": (EP2, SMALL_EXPERTS, "duplicated"),
+}
+# Data-parallel ranks that share Muon's work by layers train as those that each do all of it.
+LAYERS_OF_MUON = {"EP2": (EP2, SMALL_EXPERTS)}
+RESHARDING["Muon, PP2"] = (TP2_SP, PP2, SMALL, "muon")
 
 # (m, n, reduction norm): function-preserving without the norm; with it only at a vanishing norm eps.
 BIRTH: dict[str, tuple[int, int, bool]] = {
@@ -384,6 +398,9 @@ PADDED: dict[str, tuple[Layout, Case]] = {
 CHECKS = [
     *(f"parity: {name}" for name in PARITY),
     *(f"replicas: {name}" for name in TRAINING),
+    *(f"muon: {name}" for name in MUON),
+    *(f"layers of Muon: {name}" for name in LAYERS_OF_MUON),
+    "Muon trains what it should",
     *(f"resharding: {name}" for name in RESHARDING),
     *(f"birth: {name}" for name in BIRTH),
     *(f"birth with MTP: {name}" for name in BIRTH_MTP),

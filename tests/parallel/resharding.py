@@ -15,8 +15,11 @@ from parallel.harness import Session
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-# Master weights and moments, one of each for each parameter, under its name; the step is a number in the groups.
-OPTIMIZER_TENSORS = ("param", "exp_avg", "exp_avg_sq")
+# Of each parameter, under its name: moments of Adam or of Muon, and a master weight, unless the parameter is its own.
+# The step is a number in the groups.
+MOMENTS = ({"exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+MASTERS = {"param", "fp32_param"}
+STATES = MASTERS.union(*MOMENTS)
 
 
 def save(session: Session, optimizer) -> Path:
@@ -35,7 +38,7 @@ def restore(session: Session, optimizer, folder: Path) -> None:
 
 
 def _state(session: Session, optimizer, *, is_loading: bool) -> dict:
-    # What --dist-ckpt-optim-fully-reshardable says.
+    # What --dist-ckpt-optim-fully-reshardable says; Muon does without.
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -58,8 +61,10 @@ def differences(folder: Path, other: Path) -> list[str]:
 def _differences(folder: Path, other: Path) -> list[str]:
     one, two = tensors(folder), tensors(other)
     parameters = {key for key in one if not key.startswith("optimizer.")}
-    expected = parameters | {f"optimizer.state.{what}.{key}" for what in OPTIMIZER_TENSORS for key in parameters}
-    missing = [f"{key} is not in both" for key in (one.keys() ^ expected) | (two.keys() ^ expected)]
+    missing = [f"{key} is not in both" for key in one.keys() ^ two.keys()]
+    kept = {key: {what for what in STATES if f"optimizer.state.{what}.{key}" in one} for key in parameters}
+    missing += [f"{key} has {what}" for key, what in kept.items() if what - MASTERS not in MOMENTS]
+    missing += [] if len({frozenset(what & MASTERS) for what in kept.values()}) == 1 else ["master weights"]
     # What no rank wrote stays NaN, and a moment that is zero everywhere would equal one that was lost.
     empty = [f"{key} is empty" for key, tensor in one.items() if tensor.isnan().any() or not tensor.any()]
     unequal = [key for key in one.keys() & two.keys() if not _same_bits(one[key], two[key])]
@@ -90,10 +95,10 @@ def optimizer_groups(folder: Path) -> list[dict]:
     dense ones in saying so: without that they are the same groups.
     """
     state = dist_checkpointing.load_common_state_dict(folder)["optimizer"]
-    parts = [state] if "optimizer" in state else [state[i] for i in sorted(state)]
+    parts = [state[i] for i in sorted(state)] if 0 in state else [state]
     groups = []
     for part in parts:
-        for group in part["optimizer"]["param_groups"]:
+        for group in part.get("optimizer", part)["param_groups"]:
             group = {key: value for key, value in group.items() if key != "is_expert_parallel"}
             if group not in groups:
                 groups.append(group)

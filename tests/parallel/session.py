@@ -10,6 +10,7 @@ megatron_vwn.cpu.install()
 
 import dataclasses  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from functools import cache  # noqa: E402
@@ -17,7 +18,6 @@ from pathlib import Path  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from parallel import harness, resharding  # noqa: E402
 from parallel.cases import (  # noqa: E402
     ALONE,
@@ -25,6 +25,8 @@ from parallel.cases import (  # noqa: E402
     BIRTH_MTP,
     CHECKS,
     GENERATION,
+    LAYERS_OF_MUON,
+    MUON,
     NGRAMS,
     PADDED,
     PARITY,
@@ -37,6 +39,7 @@ from parallel.cases import (  # noqa: E402
 )
 from parallel.generation import generation  # noqa: E402
 from parallel.harness import expect  # noqa: E402
+from parallel.optimizers import losses_of, optimizer_for, optimizer_of, train  # noqa: E402
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig  # noqa: E402
 from megatron_vwn.megatron_fixes import apply_fixes  # noqa: E402
@@ -48,6 +51,7 @@ FP32_TOLERANCES = 1e-6, 1e-4
 BF16_TOLERANCES = 1e-2, 3e-2
 BIRTH_TOLERANCE = 1e-5  # the same function, computed through a wide stream
 TRAINING_STEPS = 20
+MUON_STEPS = 5
 
 
 @cache
@@ -62,12 +66,6 @@ def reference(case: Case):
     losses = losses_of(session)
     gradients, _ = harness.collect(session, "gradients")
     return parameters, losses, gradients
-
-
-def losses_of(session: harness.Session, step: int = 0) -> list[float]:
-    """Forward and backward of one global batch: the loss of the next token and of each further one."""
-    loss = harness.forward_backward(session, step)
-    return [loss, *(harness.further_losses(session) if session.config.mtp_num_layers else [])]
 
 
 def expect_losses(session: harness.Session, losses: list[float]) -> tuple[dict, list[str], float]:
@@ -111,28 +109,6 @@ def _without_layout(case: Case) -> Case:
     return dataclasses.replace(case, virtual_width=virtual_width, overrides=overrides)
 
 
-def optimizer_of(session: harness.Session):
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=1e-2,
-        weight_decay=0.1,
-        clip_grad=1.0,
-        use_distributed_optimizer=session.layout.distributed_optimizer,
-    )
-    return get_megatron_optimizer(config, session.chunks)
-
-
-def train(session: harness.Session, optimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        # Without it the fp32 optimizer's p.grad is still main_grad, and the next backward adds it to itself.
-        optimizer.zero_grad()
-        losses += losses_of(session, step)
-        successful, _, _ = optimizer.step()
-        expect(successful, "a step was skipped")
-    return losses
-
-
 def replicas(layout: Layout, case: Case) -> str:
     """After 20 Adam steps every replica of every parameter is bitwise equal on all ranks."""
     parameters, _, _ = reference(_without_layout(case))
@@ -149,29 +125,100 @@ def replicas(layout: Layout, case: Case) -> str:
 
 
 @cache
-def saved(layout: Layout, case: Case) -> tuple[Path, list[float], dict[str, torch.Tensor]]:
+def trained_by_muon_alone(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of five steps of Muon on one rank, and the parameters after them."""
+    parameters, _, _ = reference(case)
+    session = harness.build(ALONE, case, seed=2)
+    harness.load_globals(session, parameters)
+    losses = train(session, optimizer_for("muon", session), range(MUON_STEPS))
+    return losses, harness.collect(session)[0]
+
+
+def muon(layout: Layout, case: Case, tp_mode: str) -> str:
+    """Five steps of Muon from one set of parameters have the losses of one rank, and replicas stay bitwise equal."""
+    parameters, _, _ = reference(_without_layout(case))
+    losses, expected = trained_by_muon_alone(_without_layout(case))
+    session = harness.build(layout, case, seed=2)
+    harness.load_globals(session, parameters)
+    actual = train(session, optimizer_for("muon", session, muon_tp_mode=tp_mode), range(MUON_STEPS))
+    after, unequal = harness.collect(session)
+    expect(not unequal, f"replicas drifted apart: {unequal}")
+    still = [key for key in after if torch.equal(after[key], parameters[key])]
+    expect(not still, f"never trained: {still}")
+    off = max(abs(a - e) / e for a, e in zip(actual, losses, strict=True))
+    expect(off <= 1e-5, f"losses {actual} instead of {losses}")
+    return f"losses {off:.1e}, {within(harness.relative_errors(after, expected), 1e-3)}"
+
+
+def layers_of_muon(layout: Layout, case: Case) -> str:
+    """Two steps of data-parallel ranks that share Muon's work: bitwise the parameters of ranks that each do all of it.
+
+    Megatron shares it in bf16 only. Without clipping, because the norm of gradients is summed in another order.
+    """
+    parameters, _, _ = reference(case)
+    results = []
+    for kind in ("muon", "layers of muon"):
+        session = harness.build(layout, case.but(bf16=True), seed=2)
+        harness.load_globals(session, parameters)
+        optimizer = optimizer_for(kind, session, clip_grad=1e9)
+        norms = []
+        for step in range(2):
+            optimizer.zero_grad()
+            losses_of(session, step)
+            norms.append(optimizer.step()[1])
+        after, unequal = harness.collect(session)
+        expect(not unequal, f"replicas drifted apart: {unequal}")
+        results.append((after, norms))
+    (whole, norms), (parts, other_norms) = results
+    different = [key for key in whole if not torch.equal(whole[key], parts[key])]
+    expect(not different, f"trained differently: {different}")
+    off = max(abs(a - e) / e for a, e in zip(other_norms, norms, strict=True))
+    expect(off <= 1e-5, f"gradient norms {other_norms} instead of {norms}")
+    return f"gradient norms {off:.1e}"
+
+
+def trained_by_muon() -> str:
+    """Which parameters of a model with everything Muon has, by name, in its own groups."""
+    case = Case(pattern="+E+-/+-", virtual_width=stream(**NGRAMS)).but(normalization="LayerNorm")
+    session = harness.build(Layout(), case)
+    names = {id(p): name.removeprefix("module.") for name, p in session.parameters()}
+    muon, others = set(), set()
+    for group in optimizer_for("muon", session).param_groups:
+        (muon if "optimizer" not in group else others).update(names[id(p)] for p in group["params"])
+    expect(muon | others == set(names.values()) and not muon & others, "parameters without a group, or in two")
+    kinds = {re.sub(r"^.*(layers|local_experts)\.\d+\.", "", name).removesuffix(".weight") for name in muon}
+    latent = ("proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
+    mlp = (f"{where}linear_fc{i}" for where in ("", "mlp.", "mlp.shared_experts.") for i in (1, 2))
+    expected = {"fusion", "mlp.router", *(f"self_attention.linear_{each}" for each in latent), *mlp}
+    expect(kinds == expected, f"{kinds ^ expected} of {kinds}")
+    return f"{len(muon)} of {len(names)} tensors"
+
+
+@cache
+def saved(layout: Layout, case: Case, kind: str) -> tuple[Path, list[float], dict[str, torch.Tensor]]:
     """A checkpoint after four steps, the losses of the two steps after it and the parameters at the end."""
     parameters, _, _ = reference(case)
-    session = harness.build(dataclasses.replace(layout, distributed_optimizer=True), case, seed=2)
+    session = harness.build(dataclasses.replace(layout, distributed_optimizer=kind == "adam"), case, seed=2)
     harness.load_globals(session, parameters)
-    optimizer = optimizer_of(session)
+    optimizer = optimizer_for(kind, session)
     train(session, optimizer, range(4))
     folder = resharding.save(session, optimizer)
     losses = train(session, optimizer, range(4, 6))
     return folder, losses, harness.collect(session)[0]
 
 
-def reshard(saving: Layout, layout: Layout, case: Case) -> str:
+def reshard(saving: Layout, layout: Layout, case: Case, kind: str = "adam") -> str:
     """A checkpoint of one layout, loaded in another, is saved the same to the last bit and trained on the same."""
-    folder, losses, parameters = saved(saving, _without_layout(case))
-    session = harness.build(dataclasses.replace(layout, distributed_optimizer=True), case, seed=5)
-    optimizer = optimizer_of(session)
+    folder, losses, parameters = saved(saving, _without_layout(case), kind)
+    session = harness.build(dataclasses.replace(layout, distributed_optimizer=kind == "adam"), case, seed=5)
+    optimizer = optimizer_for(kind, session)
     resharding.restore(session, optimizer, folder)
     different = resharding.differences(folder, resharding.save(session, optimizer))
     expect(not different, f"not what was loaded: {different}")
     actual = train(session, optimizer, range(4, 6))
     errors = {f"loss {i}": abs(a - e) / e for i, (a, e) in enumerate(zip(actual, losses, strict=True))}
-    return within(errors | harness.relative_errors(harness.collect(session)[0], parameters), 1e-5)
+    errors |= harness.relative_errors(harness.collect(session)[0], parameters)
+    return within(errors, BF16_TOLERANCES[0] if session.config.bf16 else 1e-5)
 
 
 def birth(m: int, n: int, reduce_norm: bool) -> str:
@@ -361,6 +408,12 @@ def check(name: str) -> str:
             return parity(*PARITY[rest])
         case "replicas":
             return replicas(*TRAINING[rest])
+        case "muon":
+            return muon(*MUON[rest])
+        case "layers of Muon":
+            return layers_of_muon(*LAYERS_OF_MUON[rest])
+        case "Muon trains what it should":
+            return trained_by_muon()
         case "resharding":
             return reshard(*RESHARDING[rest])
         case "birth":

@@ -34,6 +34,7 @@ from megatron_vwn.training.refusals import (  # noqa: E402
     function,
     monitoring,
     optimizer,
+    optimizer_choice,
     unknown,
 )
 from megatron_vwn.training.refusals.megatron import quoting_megatron  # noqa: E402
@@ -93,6 +94,40 @@ def other_backend():
     resume.refuse_other_backend(named, Namespace(transformer_impl="transformer_engine"))
     try:
         resume.refuse_other_backend(named, Namespace(transformer_impl="local"))
+    except VirtualWidthError as refusal:
+        return {"refusal": str(refusal)}
+
+
+def refused_by_choice(rules, **args):
+    """The sentence of the first rule about the optimizer that applies to a run of Muon."""
+    run = {"optimizer": "muon", "muon_tp_mode": "duplicated", "muon_split_qkv": True, "fp16": False}
+    args = Namespace(**run, **args)
+    return {"refusal": next((sentence for applies, sentence in rules if applies(args)), None)}
+
+
+def without_emerging_optimizers():
+    """The sentence about Muon where its package is not installed."""
+    with mock.patch.object(optimizer_choice, "HAVE_EMERGING_OPTIMIZERS", False):
+        return refused_by_choice(optimizer_choice.OPTIMIZER_RULES)
+
+
+def settings_of_muon():
+    """Muon's settings that a resumed run may not change, and the sentence about one that divides the layers."""
+    compared = [name for name in optimizer._COMPARED if name.startswith("muon_")]
+    same = dict.fromkeys(optimizer._COMPARED)
+    layers = "use_layer_wise_distributed_optimizer"
+    try:
+        optimizer._refuse_other_state("here", Namespace(**same | {layers: False}), Namespace(**same | {layers: True}))
+    except VirtualWidthError as refusal:
+        return [compared, str(refusal)]
+
+
+def moved_experts():
+    """The sentence about experts of Muon that leave their own data-parallel group; among the others they may move."""
+    eight, four, one = (Namespace(optimizer="muon", num_experts=8, expert_model_parallel_size=ep) for ep in (8, 4, 1))
+    optimizer._refuse_moved_experts("here", eight, four)
+    try:
+        optimizer._refuse_moved_experts("here", eight, one)
     except VirtualWidthError as refusal:
         return {"refusal": str(refusal)}
 
@@ -332,6 +367,10 @@ def main(cases_file, results_file):
     results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()
     results["other backend"] = other_backend()
+    results["no Muon"], results["Muon's settings"] = without_emerging_optimizers(), settings_of_muon()
+    results["moved experts"] = moved_experts()
+    layout = {"tensor_model_parallel_size": 4, "group_query_attention": True, "num_query_groups": 2}
+    results["split query groups"] = refused_by_choice(optimizer_choice.WIDE_OPTIMIZER_RULES, **layout)
     results["damaged load"] = damaged_load()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

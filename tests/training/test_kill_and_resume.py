@@ -83,3 +83,26 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert f"training resumes from iteration {before}" in (killed / "log2").read_text()
     actual = losses(killed)
     assert actual == expected, {step: (actual.get(step), value) for step, value in expected.items()}
+
+
+# Two optimizers, whose parameters two data-parallel ranks divide between them.
+MUON = tiny(
+    "*-/*-",
+    "--vwn-m 2 --vwn-n 4 --optimizer dist_muon --bf16 --train-iters 6 --save-interval 3 --lr-decay-style cosine "
+    "--tensorboard-log-interval 1 --overlap-grad-reduce --overlap-param-gather",
+    hidden_dropout=0.1,
+)
+
+
+def test_muon_killed_before_a_save_trains_the_same_steps_again(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    folders = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir"]
+    killing = Path(__file__).parent / "session_killed.py"
+    done = launch.session(2, killing, 6, *MUON, *folders, tmp_path / "killed" / "events")
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "3"
+    done = launch.session(2, "-m", "megatron_vwn.training.pretrain", *MUON, *folders, tmp_path / "resumed" / "events")
+    assert done.returncode == 0, done.stderr[-4000:]
+    before, after = losses(tmp_path / "killed"), losses(tmp_path / "resumed")
+    assert sorted(before) == [1, 2, 3, 4, 5, 6] and sorted(after) == [4, 5, 6]
+    assert after == {step: before[step] for step in after}

@@ -32,6 +32,7 @@ MOCK = ["--mock-data"]
 WIDE = ["--vwn-m", "2", "--vwn-n", "6"]
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method"]
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 PROGRAM = ["-m", "megatron_vwn.training.pretrain"]
 
 FOLDERS = [
@@ -88,15 +89,31 @@ REFUSED_WITH_VIRTUAL_WIDTH = {
     "--vwn-ngrams 2,3 --vwn-ngram-vocab 9000000000000": ["GB on a rank", "lower --vwn-n or --vwn-ngram-vocab."],
     "--vwn-ngrams 2,200 --vwn-ngram-vocab 64": ["--vwn-ngrams", "--seq-length", "shorten them"],
     "--use-mup": ["--use-mup"],
-    "--muon-nesterov": ["--muon-nesterov", "drop it"],
     "--cuda-graph-warmup-steps 1": ["--cuda-graph-warmup-steps", "drop it"],
-    "--optimizer muon": ["--optimizer", "adam or sgd"],
+    "--optimizer soap": ["--optimizer", "adam, sgd, muon or dist_muon"],
+    "--optimizer lion": ["--optimizer lion", "choose adam or muon"],
+    "--optimizer muon --tensor-model-parallel-size 2": ["--muon-tp-mode blockwise", "duplicated or distributed"],
+    "--optimizer dist_muon --bf16 --sequence-parallel --tensor-model-parallel-size 2": ["--muon-tp-mode blockwise"],
     "--ckpt-format torch": ["--ckpt-format", "torch_dist"],
     "--non-persistent-ckpt-type local": ["--non-persistent-ckpt-type", "global"],
     "--ckpt-convert-format torch": ["--ckpt-convert-format"],
     "--moe-use-upcycling": ["--moe-use-upcycling"],
 }
 REFUSED_ALWAYS = {
+    "--muon-nesterov": ["--muon-nesterov", "--optimizer", "drop it"],
+    "--optimizer muon --lion-beta1 0.9": ["--lion-beta1", "--muon-scalar-optimizer lion"],
+    "--optimizer adaptive_muon": ["--optimizer adaptive_muon", "choose muon"],
+    "--optimizer muon --fp16": ["fp16", "--bf16"],
+    "--optimizer dist_muon": ["dist_muon", "add --bf16"],
+    "--optimizer muon --use-distributed-optimizer": ["--use-distributed-optimizer", "add --bf16"],
+    "--optimizer dist_muon --bf16 --num-distributed-optimizer-instances 2": ["--num-distributed-optimizer-instances"],
+    "--optimizer muon --overlap-param-gather-with-optimizer-step": ["--overlap-param-gather-with-optimizer-step"],
+    "--optimizer muon --use-precision-aware-optimizer": ["--use-precision-aware-optimizer", "adam"],
+    "--optimizer sgd --optimizer-cpu-offload": ["--optimizer-cpu-offload", "adam"],
+    "--optimizer muon --muon-coefficient-type custom": ["--muon-coefficient-type", "quintic"],
+    "--optimizer muon --muon-num-ns-steps 0": ["--muon-num-ns-steps", "at least 1"],
+    "--optimizer sgd --use-distributed-optimizer": ["--optimizer sgd", "--use-distributed-optimizer"],
+    "--optimizer sgd --save somewhere": ["--optimizer sgd", "--no-save-optim"],
     "--num-layers 5": ["--num-layers", "--hybrid-layer-pattern"],
     "--hybrid-layer-pattern *-M-": ["--transformer-impl local", "install Transformer Engine"],
     "--hybrid-layer-pattern *-G-": ["--transformer-impl local", "install Transformer Engine"],
@@ -160,6 +177,9 @@ REFUSED_ALWAYS = {
 }
 ACCEPTED = {
     "ordinary model": [],
+    "Muon": [*WIDE, "--optimizer", "muon", "--muon-scalar-optimizer", "lion", "--lion-beta1", "0.9"],
+    "Muon, layer by layer": [*WIDE, "--optimizer", "dist_muon", "--bf16", *OVERLAP],
+    "SGD": [*WIDE, "--optimizer", "sgd"],
     "full recompute": [*WIDE, "--recompute-granularity", "full", "--recompute-method", "uniform"],
     "fp32 stream": [*WIDE, "--bf16", "--fp32-residual-connection"],
     "latent attention": [*WIDE, "--hybrid-layer-pattern", "+-+-", "--multi-latent-attention"],
@@ -198,7 +218,7 @@ ACCEPTED = {
         "--recompute-num-layers",
         "4",
     ],
-    "distributed optimizer": [*WIDE, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    "distributed optimizer": [*WIDE, "--use-distributed-optimizer", *OVERLAP],
 }
 
 
@@ -287,6 +307,7 @@ def prepared(checkpoint, tmp_path_factory):
         ("bf16", "wide", [*WIDE, "--bf16"]),
         ("bf16, new optimizer", "wide", [*WIDE, "--bf16", "--no-load-optim"]),
         ("other optimizer", "wide", [*WIDE, "--use-distributed-optimizer", "--adam-beta2", "0.9"]),
+        ("Muon from Adam", "wide", [*WIDE, "--optimizer", "muon", "--muon-momentum", "0.95"]),
         (
             "other layout",
             "wide",
@@ -369,6 +390,13 @@ def test_refused_for_every_model(prepared, flags, model):
             "other optimizer",
             ["--adam-beta2 0.999 --use-distributed-optimizer False", "0.9 --use-distributed-optimizer True"],
         ),
+        (
+            "Muon from Adam",
+            ["--optimizer adam --muon-momentum 0.9, but", "--optimizer muon --muon-momentum 0.95: give"],
+        ),
+        ("moved experts", ["--expert-model-parallel-size 8", "with 1", "at least 2", "--no-load-optim"]),
+        ("split query groups", ["--muon-no-split-qkv", "fewer ranks"]),
+        ("no Muon", ["emerging-optimizers", "install the extra muon"]),
         ("other document end", ["end at token 3", "documents with 4", "the checkpoint's tokenizer"]),
         ("other n", ["--vwn-n 6", "--vwn-n 8", "another --load"]),
         ("other gate and norm", ["--vwn-gate tanh --vwn-reduce-norm", "--vwn-gate sigmoid --no-vwn-reduce-norm"]),
@@ -459,6 +487,14 @@ def test_every_field_that_may_differ_is_a_field(prepared):
     unknown, twice, compared = prepared["fields"]
     assert unknown == [] and twice == []
     assert {"softmax_scale", "rotary_percent", "layernorm_epsilon", "activation_func"} <= set(compared)
+
+
+def test_a_resumed_muon_is_the_one_that_was_saved(prepared):
+    """Its precision and how ranks share the work may change: neither is part of its state."""
+    compared, sentence = prepared["Muon's settings"]
+    assert {"muon_momentum", "muon_nesterov", "muon_scale_mode", "muon_split_qkv"} <= set(compared)
+    assert not {"muon_fp32_matmul_prec", "muon_tp_mode"} & set(compared)
+    assert "--use-distributed-optimizer False, but this run has --use-distributed-optimizer True" in sentence
 
 
 def test_a_fault_of_the_machine_is_not_said_to_be_one_of_flags(prepared):

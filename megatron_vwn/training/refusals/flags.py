@@ -21,6 +21,7 @@ from megatron_vwn.config import LARGEST_SEED, VirtualWidthConfig, VirtualWidthEr
 from megatron_vwn.training.flags.defaults import megatron_defaults
 from megatron_vwn.training.refusals.fp8 import FP8_RULES
 from megatron_vwn.training.refusals.layers import LAYER_RULES, pattern_of
+from megatron_vwn.training.refusals.optimizer_choice import MUON, OPTIMIZER_RULES, WIDE_OPTIMIZER_RULES
 from megatron_vwn.training.refusals.stages import (
     BLOCKS_OF_ONE,
     check_experts,
@@ -88,7 +89,7 @@ _ALWAYS = (
         lambda args: args.transformer_impl == "inference_optimized",
         "--transformer-impl inference_optimized cannot be trained: choose transformer_engine or local.",
     ),
-    *(Refusal(applies, sentence) for applies, sentence in (*FP8_RULES, *LAYER_RULES)),
+    *(Refusal(applies, sentence) for applies, sentence in (*FP8_RULES, *LAYER_RULES, *OPTIMIZER_RULES)),
     Refusal(
         lambda args: (args.mtp_num_layers or args.mtp_hybrid_override_pattern) and not _depths(args),
         "further predictions of a HybridModel are written into --hybrid-layer-pattern, such as '*-*-/*-' for one: drop "
@@ -200,10 +201,7 @@ _WITH_VIRTUAL_WIDTH = (
         "them.",
     ),
     _flag("use_mup", "scales learning rates by width and has no rule for a virtual width: drop it."),
-    Refusal(
-        lambda args: args.optimizer not in ("adam", "sgd"),
-        "--optimizer must be adam or sgd with a virtual width: the others have not been tried on its parameters.",
-    ),
+    *(Refusal(applies, sentence) for applies, sentence in WIDE_OPTIMIZER_RULES),
     Refusal(
         lambda args: args.ckpt_format != "torch_dist",
         "--ckpt-format must be torch_dist with a virtual width: it is the only format that other layouts can load.",
@@ -264,6 +262,8 @@ _OF_TRANSFORMER_ENGINE: _Patterns = {
         "save_dgrads_interval", "save_tokens_per_expert_interval",
     ),
 }
+_OF_MUON: _Patterns = {"belongs to Muon, which --optimizer does not name: drop it.": ("muon_*",)}
+_OF_LION: _Patterns = {"belongs to --muon-scalar-optimizer lion: give that, or drop it.": ("lion_*",)}
 # How something would be done that a virtual width has not.
 _OF_REFUSED_FLAGS: _Patterns = {
     "belongs to CUDA graphs, which a virtual width does not support: drop it.": (
@@ -279,7 +279,6 @@ _OF_REFUSED_FLAGS: _Patterns = {
         "delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks", "activation_offload_fraction",
         "fine_grained_offloading_*", "moe_paged_stash_*",
     ),
-    "belongs to another optimizer than adam and sgd: drop it.": ("muon_*", "lion_*"),
     "belongs to --use-mup, which a virtual width does not support: drop it.": ("mup_*",),
     "belongs to local checkpoints, which a virtual width does not support: drop it.": (
         "non_persistent_local_*", "replication", "replication_*",
@@ -333,6 +332,8 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         args,
         _WITHOUT_EFFECT
         | (_OF_TRANSFORMER_ENGINE if args.transformer_impl == "local" else {})
+        | ({} if args.optimizer in MUON else _OF_MUON)
+        | ({} if args.optimizer in MUON and args.muon_scalar_optimizer == "lion" else _OF_LION)
         | (_OF_REFUSED_FLAGS if virtual_width is not None else {}),
     )
     check_experts(_stages(args), args.moe_router_load_balancing_type, args.moe_aux_loss_coeff, args.moe_z_loss_coeff)

@@ -66,6 +66,7 @@ def refuse_other_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> 
     if saved.no_save_optim:
         return []
     _refuse_other_state(checkpoint.folder, saved, args)
+    _refuse_moved_experts(checkpoint.folder, saved, args)
     theirs, ours = _schedule(saved), _schedule(args)
     changed = [
         name
@@ -101,6 +102,17 @@ def _refuse_other_state(folder: str, saved: argparse.Namespace, args: argparse.N
             f"the optimizer of the checkpoint in {folder} was saved with {_typed(saved, different)}, but this run has "
             f"{_typed(args, different)}: give the checkpoint's settings, or add --no-load-optim for a new optimizer "
             "and a schedule from its start."
+        )
+
+
+def _refuse_moved_experts(folder: str, saved: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Muon's groups of experts that have a data-parallel group of their own are lists of another length in the file."""
+    sizes = saved.expert_model_parallel_size, args.expert_model_parallel_size
+    if args.optimizer == "muon" and args.num_experts and (sizes[0] > 1) != (sizes[1] > 1):
+        raise VirtualWidthError(
+            "Megatron 0.19 cannot load Muon's state of experts that was saved with --expert-model-parallel-size "
+            f"{sizes[0]} (the checkpoint in {folder}) with {sizes[1]}: give {'at least 2' if sizes[0] > 1 else 1}, or "
+            "add --no-load-optim for a new optimizer and a schedule from its start."
         )
 
 
@@ -142,4 +154,6 @@ def _typed(args: argparse.Namespace, names: list[str]) -> str:
 
 
 def _flag(name: str) -> str:
+    if name == "use_layer_wise_distributed_optimizer":  # what Megatron makes of the flag where the optimizer is Muon
+        name = "use_distributed_optimizer"
     return f"--{name.replace('_', '-')}"
