@@ -43,6 +43,7 @@ class Rates:
     memory_share: float = 0.80
     link_share: float = 0.75
     data_overlap: float = 0.80
+    # A guess: losses that balance experts leave single ones far above the mean, and a rank has several.
     imbalance: float = 1.1
     memory_margin: float = 0.10
     connections: str | None = None
