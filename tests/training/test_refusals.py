@@ -88,6 +88,10 @@ REFUSED_WITH_VIRTUAL_WIDTH = {
     "--vwn-n 1000000": ["--vwn-n 1000000", "32,000 GB on a rank", "lower --vwn-n."],
     "--vwn-ngrams 2,3 --vwn-ngram-vocab 9000000000000": ["GB on a rank", "lower --vwn-n or --vwn-ngram-vocab."],
     "--vwn-ngrams 2,200 --vwn-ngram-vocab 64": ["--vwn-ngrams", "--seq-length", "shorten them"],
+    "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *-|*-/*- --position-embedding-type learned_absolute": [
+        "tables of learned positions",
+        "--position-embedding-type rope",
+    ],
     "--use-mup": ["--use-mup"],
     "--cuda-graph-warmup-steps 1": ["--cuda-graph-warmup-steps", "drop it"],
     "--optimizer soap": ["--optimizer", "adam, sgd, muon or dist_muon"],

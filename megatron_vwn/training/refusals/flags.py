@@ -194,6 +194,16 @@ _WITH_VIRTUAL_WIDTH = (
         "--mtp-detach-heads would never train the embedding's expansion of further predictions: choose --vwn-embedding "
         "wide or tiled, or drop it.",
     ),
+    # The last stage has a table of its own, whose gradients Megatron does not add to those of the first.
+    Refusal(
+        lambda args: (
+            _depths(args)
+            and args.pipeline_model_parallel_size > 1
+            and args.position_embedding_type == "learned_absolute"
+        ),
+        "multi-token prediction on several pipeline stages would train two tables of learned positions apart: choose "
+        "--position-embedding-type rope.",
+    ),
     Refusal(_blocks_of_one, BLOCKS_OF_ONE),
     Refusal(
         lambda args: args.seq_length is not None and max(args.vwn_ngrams or (), default=0) > args.seq_length,
