@@ -418,7 +418,7 @@ USES = (
     Use("os", "_exit", ("status",), "data/windows.py", "call"),
     Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/arguments.py", "read"),
     Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "checkpoint/settings.py", "read"),
-    Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "training/refusals/unknown.py", "read"),
+    Use("argparse.ArgumentParser", "_actions", ATTRIBUTE, "training/flags/defaults.py", "read"),
 )
 
 
