@@ -26,7 +26,10 @@ _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
 def main(argv: list[str] | None = None) -> int:
     """Run, time, keep or report; returns the exit code."""
     options = _parser().parse_args(argv)
-    left = "nothing was written" if options.action is _report else "start again to go on from the last checkpoints"
+    left = {
+        _report: "nothing was written",
+        _keep: "each run is written whole or not at all; start again for the rest",
+    }.get(options.action, "start again to go on from the last checkpoints")
     return exit_code("vwn-study", lambda: options.action(options), left)
 
 

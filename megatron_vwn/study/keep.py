@@ -3,10 +3,14 @@
 OUTPUT/study.json
 OUTPUT/<variant>/timing.json
 OUTPUT/<variant>/seed-<s>/{run.json,scalars.csv,facts.json}    flags and versions; curves; arguments and samples
+
+Of a run that is not done only run.json is written, so that the report says what became of it. Of paths from the root of
+this machine the last part stays.
 """
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,10 +27,12 @@ from megatron_vwn.study.routing import TAGS
 _TAGS = (*(metric.tag for metric in METRICS), "iteration-time", *TAGS)
 # Beside all of the virtual width's.
 _ARGUMENTS = ("seq_length", "global_batch_size", *SCHEDULE)
+# Of a word that is, or that ends in =, a path from the root: all but its last part.
+_FOLDERS = re.compile(r"""(?<![^\s='"(\[])(?:~|/[^\s/'"]+)(?:/[^\s/'"]+)*/(?=[^\s/'"])""")
 
 
 def keep(folder: Path, output: Path) -> list[str]:
-    """Write every finished run below ``folder`` that has not been written, each whole or not at all.
+    """Write every finished run below ``folder``, each whole or not at all, and how others ended.
 
     Args:
         folder: of a study, or any with event files below.
@@ -40,22 +46,39 @@ def keep(folder: Path, output: Path) -> list[str]:
     """
     if output.resolve() == folder.resolve() or folder.resolve() in output.resolve().parents:
         raise VirtualWidthError(f"{output} is where the runs are: give an --output beside {folder}.")
-    lines, kept = [], 0
+    kept, study = 0, read_json(folder / STUDY)
+    # Also those that ended before they wrote an event file.
+    names = [f"{variant}/seed-{seed}" for variant in study.get("variants", ()) for seed in study.get("seeds", ())]
+    records = {name: read_json(folder / name / RECORD) for name in names}
     try:
         for run in find_runs([folder]):
-            state = run.record.get("state", "done")
-            if state == "done":
+            records[run.name] = run.record
+            if _is_done(run.record):
                 _write(run, output / run.name)
                 kept += 1
-            else:
-                lines.append(f"{run.name} is {state}, so it is left out.")
-        for path in [folder / STUDY, *folder.glob(f"*/{TIMING}")]:
-            # A variant without a finished run has no folder.
-            if path.is_file() and (target := output / path.relative_to(folder)).parent.is_dir():
-                write_json(target, read_json(path))
+                if run.timing:
+                    write_json((output / run.name).parent / TIMING, _without_folders(run.timing))
+        unfinished = {name: record for name, record in records.items() if not _is_done(record)}
+        earlier = [name for name in unfinished if (output / name / KEPT).exists()]
+        for name, record in unfinished.items():
+            if name not in earlier:
+                (output / name).mkdir(parents=True, exist_ok=True)
+                write_json(output / name / RECORD, _without_folders(record))
+        if study:
+            write_json(output / STUDY, _without_folders(study))
     except OSError as error:
         raise VirtualWidthError(f"{output} cannot be written ({error.strerror}): give another --output.") from None
+    lines = [
+        f"{name} is {record['state']}, so "
+        + ("what was kept of it before stays." if name in earlier else "its curves are left out.")
+        for name, record in unfinished.items()
+    ]
     return [*lines, f"{kept} runs are in {output}. Compare them: vwn-study report {output}"]
+
+
+def _is_done(record: Mapping) -> bool:
+    """Runs of others have no record, and are taken as they are."""
+    return record.get("state", "done") == "done"
 
 
 def _write(run: LoggedRun, folder: Path) -> None:
@@ -71,7 +94,16 @@ def _write(run: LoggedRun, folder: Path) -> None:
         facts = {"arguments": read, "samples": _corners(run.samples), "notes": run.notes}
         write_json(staging / KEPT_FACTS, facts)
         if run.record:
-            write_json(staging / RECORD, run.record)
+            write_json(staging / RECORD, _without_folders(run.record))
+
+
+def _without_folders(content):
+    """A JSON value whose texts name no folders of this machine: .../prose_train for /home/me/data/prose_train."""
+    if isinstance(content, dict):
+        return {key: _without_folders(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_folders(value) for value in content]
+    return _FOLDERS.sub(".../", content) if isinstance(content, str) else content
 
 
 def _corners(samples: Curve) -> Sequence[tuple[int, float]]:

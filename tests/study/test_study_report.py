@@ -212,7 +212,9 @@ def test_runs_that_are_kept_give_the_same_report(known, tmp_path, capsys):
     for _ in range(2):  # again, over what is there
         assert program.main(["keep", str(known), "--output", str(kept)]) == 0
         said = capsys.readouterr().out.splitlines()
-        assert said[0] == "base/seed-1 is running, so it is left out." and said[1].startswith("11 runs are in ")
+        assert said[0] == "base/seed-1 is running, so its curves are left out." and said[1].startswith(
+            "11 runs are in "
+        )
     (known / "base" / "seed-1").rename(tmp_path / "running")
     for folder in (known, kept):
         assert program.main(["report", str(folder), "--output", str(tmp_path / f"of-{folder.name}")]) == 0
@@ -230,6 +232,46 @@ def test_runs_that_are_kept_give_the_same_report(known, tmp_path, capsys):
     assert "holds no run as vwn-study keep writes it (ValueError" in capsys.readouterr().err
     assert program.main(["keep", str(known), "--output", str(known / "kept")]) == 2
     assert "is where the runs are" in capsys.readouterr().err
+
+
+def test_what_is_kept_says_how_runs_failed_and_names_no_folder_of_the_machine(known, tmp_path, capsys):
+    study = {"baseline": "base", "seeds": [1], "command": "vwn-study run /home/me/t.yaml --output=/mnt/a/b"}
+    study["variants"] = {"base": ["--train-data-path", "/data/of/me/prose"]} | dict.fromkeys(
+        ("wide2", "wide4", "wide9")
+    )
+    records = {
+        "base": {"state": "done", "command": "torchrun --save /scratch/x/y --lr 1/2"},
+        "wide2": {"state": "failed", "said": 'File "/opt/secret/x.py"\nLossIsNaN: and/or'},
+        "wide4": {"state": "running"},
+        "wide9": {"state": "refused", "said": "megatron_vwn: no"},  # before it wrote any events
+    }
+    (known / "study.json").write_text(json.dumps(study))
+    (known / "wide9" / "seed-1").mkdir(parents=True)
+    for name, record in records.items():
+        (known / name / "seed-1" / "run.json").write_text(json.dumps(record))
+    kept = tmp_path / "kept"
+    write_run(tmp_path / "once" / "wide4" / "seed-1" / "events", {"lm loss": falling(1.0)})
+    for folder in (tmp_path / "once", known):
+        assert program.main(["keep", str(folder), "--output", str(kept)]) == 0
+    said = capsys.readouterr().out
+    assert "wide4/seed-1 is running, so what was kept of it before stays." in said
+    text = "".join(path.read_text() for path in kept.rglob("*.json"))
+    for hidden in ("/home", "/mnt", "/data", "/scratch", "/opt", "secret"):
+        assert hidden not in text
+    for there in (".../t.yaml --output=.../b", ".../prose", "--save .../y --lr 1/2", ".../x.py", "and/or"):
+        assert there in text
+    assert program.main(["report", str(kept)]) == 0
+    said = capsys.readouterr().out
+    assert "wide2/seed-1 failed: LossIsNaN: and/or" in said and "wide9/seed-1 was refused: megatron_vwn: no" in said
+
+
+def test_the_clock_of_a_deeper_folder_is_kept(known, tmp_path):
+    (known / "base" / "timing.json").write_text(json.dumps({"seconds_per_step": 0.5, "flags": ["/a/b/c"]}))
+    for folder in (known.parent, known / "base"):
+        kept = tmp_path.parent / f"{tmp_path.name}-kept-{folder.name}"
+        assert program.main(["keep", str(folder), "--output", str(kept)]) == 0
+        timings = {run.variant: run.timing for run in find_runs([kept]) if run.timing}
+        assert list(timings.values()) == [{"seconds_per_step": 0.5, "flags": [".../c"]}], folder
 
 
 def test_a_step_that_was_logged_twice_counts_once_with_its_last_value(tmp_path):
