@@ -1,6 +1,7 @@
 """Predicted time of a step and what ranks send each other. Everything here is arithmetic on stated rates.
 
-FLOPs of matrix products per token (2 per multiply-add), forward; backward is twice that, recompute once more:
+FLOPs of matrix products per token (2 per multiply-add), forward; backward is twice that, recompute once more; the
+residual's addition takes as long backward as forward:
 
     attention   2D(2q + 2k), and for causal scores and their product with values 2 * 2 q S/2  (arXiv 2205.05198)
     MLP         6DF gated, 4DF ungated; MoE: k times that of an expert, the shared expert's, and 2DE of the router
@@ -8,7 +9,7 @@ FLOPs of matrix products per token (2 per multiply-add), forward; backward is tw
     head        2DV for the next token and for each further prediction; fusion of a prediction 4D^2, or wide 4 n E^2
     connection  as predicted of the kernels (``planner.kernel_times``); with stream recompute the forward of all but one
                 connection of a block again
-    reduction   2 D' D; W_expand of a projected embedding the same
+    reduction   2 D' D; W_expand of a projected embedding the same; group norms of the ends read and write D'
 
 Bytes that one rank sends in a ring of g ranks: (g-1)/g of the whole for an all-gather or a reduce-scatter, twice that
 for an all-reduce; all-to-all (g-1)/g of what it holds.
@@ -80,12 +81,14 @@ def micro_batch_seconds(shape: Shape, rank: int, rates: Rates) -> dict[str, floa
     for sublayers, further in rows(shape, rank):
         for symbol, count in counts(sublayers):
             for name, value in _forward_seconds(shape, symbol, rates).items():
-                seconds[name] += 3 * count * value
+                seconds[name] += count * (3 * value - _residual_seconds(shape, rates))
         seconds["recompute"] += _recompute_seconds(shape, sublayers, further, rates)
         if shape.width:
             seconds["connections"] += _connection_seconds(shape, len(sublayers), rates)
     for name, flops in edge_flops(shape, rank).items():
         seconds[name] += 3 * flops / rates.matrix
+    for name, count in edge_norms(shape, rank).items():  # in and out, and backward two in and one out
+        seconds[name] += count * 2 * shape.own_tokens * shape.stream_channels * (2 + 3) / rates.memory
     for group, count in micro_batch_bytes(shape, rank).items():
         if group != "CP":  # overlaps with the attention of the block before
             seconds[f"{group} communication"] += count / rates.link(_within_node(shape, group))
@@ -129,6 +132,13 @@ def edge_flops(shape: Shape, rank: int) -> dict[str, float]:
     }
 
 
+def edge_norms(shape: Shape, rank: int) -> dict[str, int]:
+    """Norms of the whole stream at the end of the model: before each W_reduce, and two in each fusion."""
+    last, depths = rank == shape.pipeline - 1, len(shape.predictions)
+    reductions = 1 + depths if shape.width is not None and shape.virtual_width.reduce_norm else 0
+    return {"reduction and expansion": last * reductions, "fusion": last * 2 * depths}
+
+
 def _forward_seconds(shape: Shape, symbol: str, rates: Rates) -> Counter:
     names = {"*": "attention", "-": "MLP", "E": "experts"}
     seconds = Counter()
@@ -138,9 +148,14 @@ def _forward_seconds(shape: Shape, symbol: str, rates: Rates) -> Counter:
     # The norm reads and writes D, and what experts get is gathered and added up again.
     copies = 4 * shape.top_k if symbol == "E" else 0
     seconds[names[symbol]] += 2 * shape.own_tokens * shape.hidden * (2 + copies) / rates.memory
-    if shape.width is None:  # the residual: read twice, written once
-        seconds[names[symbol]] += 2 * shape.own_tokens * shape.hidden * 3 / rates.memory
+    seconds[names[symbol]] += _residual_seconds(shape, rates)
     return seconds
+
+
+def _residual_seconds(shape: Shape, rates: Rates) -> float:
+    """One pass of the ordinary residual, which reads two terms and writes their sum; its gradients are added likewise.
+    The connections do its work where there are any."""
+    return 0 if shape.width else 2 * shape.own_tokens * shape.hidden * 3 / rates.memory
 
 
 def _again(shape: Shape, sublayers: str, further: bool) -> str:
@@ -156,9 +171,13 @@ def _again(shape: Shape, sublayers: str, further: bool) -> str:
 
 
 def _recompute_seconds(shape: Shape, sublayers: str, further: bool, rates: Rates) -> float:
-    """Megatron's recompute of the backbone: of whole sublayers, and of parts of experts that are not repeated whole."""
+    """Megatron's recompute of the backbone: of whole sublayers, and of parts of those that are not repeated whole."""
     seconds = _repeat(shape, _again(shape, sublayers, further), rates)
-    if shape.granularity != "selective" or "moe" in shape.modules:
+    if shape.granularity != "selective":
+        return seconds
+    if "core_attn" in shape.modules:
+        seconds += sublayers.count("*") * sublayer_flops(shape, "*")["attention"] / rates.attention
+    if "moe" in shape.modules:
         return seconds
     each = 0.0
     if "shared_experts" in shape.modules:
@@ -177,13 +196,14 @@ def _shared_seconds(shape: Shape, rates: Rates) -> float:
 
 
 def _hidden_seconds(shape: Shape, rank: int, rates: Rates) -> float:
-    """What experts send while the shared expert computes: there and back in each pass."""
+    """What experts send while the shared expert computes: there beside its first products, and back beside its last."""
     link, shared = rates.link(_within_node(shape, "EP")), _shared_seconds(shape, rates)
-    one = sublayer_bytes_sent(shape, "E", passes=(1, 0))["EP"] / link
+    one_way = sublayer_bytes_sent(shape, "E", passes=(1, 0))["EP"] / link / 2
+    first = shared * (2 / 3 if shape.gated else 1 / 2)
+    forward, backward = (min(one_way, each * first) + min(one_way, each * (shared - first)) for each in (1, 2))
     hidden = 0.0
     for sublayers, further in rows(shape, rank):
-        forward = (sublayers + _again(shape, sublayers, further)).count("E")
-        hidden += forward * min(one, shared) + sublayers.count("E") * min(one, 2 * shared)
+        hidden += (sublayers + _again(shape, sublayers, further)).count("E") * forward + sublayers.count("E") * backward
     return hidden
 
 
