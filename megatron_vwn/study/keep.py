@@ -27,8 +27,8 @@ from megatron_vwn.study.routing import TAGS
 _TAGS = (*(metric.tag for metric in METRICS), "iteration-time", *TAGS)
 # Beside all of the virtual width's.
 _ARGUMENTS = ("seq_length", "global_batch_size", *SCHEDULE)
-# Of a word that is, or that ends in =, a path from the root: all but its last part.
-_FOLDERS = re.compile(r"""(?<![^\s='"(\[])(?:~|/[^\s/'"]+)(?:/[^\s/'"]+)*/(?=[^\s/'"])""")
+# Of a path from the root, at the start of a word or behind a mark: all but its last part.
+_FOLDERS = re.compile(r"""(?<![^\s='"(\[,:])(?:~|/[^\s/'"]+)(?:/[^\s/'"]+)*/(?=[^\s/'"])""")
 
 
 def keep(folder: Path, output: Path) -> list[str]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from megatron_vwn.study.compare import AXES, Comparison, MetricResult
 from megatron_vwn.study.curves import Curve, difference, spread
 from megatron_vwn.study.fit import Fit
-from megatron_vwn.study.routing import Routing
+from megatron_vwn.study.routing import Routing, fresh_window
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B4FA2")
 _BASELINE, _GRID = "#222222", "#d9d9d9"
@@ -83,7 +83,7 @@ def draw_routing(comparison: Comparison, routed: Mapping[str, Routing], folder: 
                 *zip(*each.windows.items(), strict=True), **style, marker=_marker(comparison, name), label=name
             )
         places = sorted({place for each in routed.values() for place in each.windows})
-        fresh = [place / 2 for place in places]
+        fresh = [fresh_window(place) for place in places]
         windows.plot(places, fresh, color=_BASELINE, linestyle="--", label="a fresh model")
         _label_x(segments, comparison, max(each.independent.end for each in routed.values()))
         segments.set_yscale("log", base=2)

@@ -45,8 +45,13 @@ class Routing:
 
     @property
     def window_at_birth(self) -> float:
-        """The same of a residual stream that every sublayer reads alike, as a fresh model's."""
-        return float(np.mean([place / 2 for place in self.windows]))
+        """The same in a fresh model."""
+        return float(np.mean([fresh_window(place) for place in self.windows]))
+
+
+def fresh_window(place: int) -> float:
+    """Of the sublayer at a place, counted from one, that reads all outputs before it alike, as a fresh model's does."""
+    return place / 2
 
 
 def routings(comparison: Comparison) -> dict[str, Routing]:

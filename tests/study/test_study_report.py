@@ -235,7 +235,7 @@ def test_runs_that_are_kept_give_the_same_report(known, tmp_path, capsys):
 
 
 def test_what_is_kept_says_how_runs_failed_and_names_no_folder_of_the_machine(known, tmp_path, capsys):
-    study = {"baseline": "base", "seeds": [1], "command": "vwn-study run /home/me/t.yaml --output=/mnt/a/b"}
+    study = {"baseline": "base", "seeds": [1], "command": "vwn-study run /home/me/t.yaml --output=/mnt/a/b,/home/b/d"}
     study["variants"] = {"base": ["--train-data-path", "/data/of/me/prose"]} | dict.fromkeys(
         ("wide2", "wide4", "wide9")
     )
@@ -258,7 +258,7 @@ def test_what_is_kept_says_how_runs_failed_and_names_no_folder_of_the_machine(kn
     text = "".join(path.read_text() for path in kept.rglob("*.json"))
     for hidden in ("/home", "/mnt", "/data", "/scratch", "/opt", "secret"):
         assert hidden not in text
-    for there in (".../t.yaml --output=.../b", ".../prose", "--save .../y --lr 1/2", ".../x.py", "and/or"):
+    for there in (".../t.yaml --output=.../d", ".../prose", "--save .../y --lr 1/2", ".../x.py", "and/or"):
         assert there in text
     assert program.main(["report", str(kept)]) == 0
     said = capsys.readouterr().out
