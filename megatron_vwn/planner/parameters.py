@@ -99,8 +99,9 @@ def pieces(recipe: Recipe) -> Pieces:
     Raises:
         VirtualWidthError: Megatron refuses to build it.
     """
-    node = recipe.number("gpus-per-node")
-    for tensor in (size for size in range(2, node + 1) if node % size == 0):
+    node, own = recipe.number("gpus-per-node"), recipe.number("tensor-model-parallel-size", 1)
+    # The recipe's own group may reach beyond a node.
+    for tensor in (size for size in range(2, max(node, own) + 1) if node % size == 0 or size == own):
         try:
             return _pieces(recipe, tensor)
         except VirtualWidthError:  # then one rank is refused, too, or no layout has several

@@ -473,7 +473,9 @@ def main() -> None:
                 small(layers, **tp_pp_ep, expert_model_parallel_size=2, **wide(vwn_n=3))
             ),
             "PP4 EP2, baseline": coordinates(small([[4, "*E"]], **pp_ep, expert_model_parallel_size=2, baseline=True)),
-            "TP2 PP2, projected": coordinates(small([[2, "*-"]], **tp_pp, **wide(vwn_embedding="projected"))),
+            "TP2 PP2 beyond a node, projected": coordinates(
+                small([[2, "*-"]], **tp_pp, gpus_per_node=1, **wide(vwn_embedding="projected"))
+            ),
             "TP2 PP2, tied baseline": coordinates(
                 small([[2, "*-"]], **tp_pp, baseline=True, untie_embeddings_and_output_weights=False)
             ),
