@@ -31,12 +31,12 @@ _MUON = {
     (Connection, "norm"): False,
     (GroupNorm, "weight"): False,
     (GroupNorm, "bias"): False,
-    # A column of W is the logit of one coefficient. Reads, carries and writes have gradients of their own sizes, which
-    # Muon would make one; and two of its scale modes take E, the first dimension, for what a matrix puts out.
+    # Each column of W gives the logits of one coefficient. Reads, carries and writes have gradients of different sizes,
+    # which Muon would make equal; and two of its scale modes take E, the first dimension, for what a matrix puts out.
     (Connection, "weight"): False,
-    # Factors of the embedding and of the head, which Adam trains: W_expand E is the table of the wide stream. They are
-    # divided by the square root of what they sum over, which fits a step of Adam, whose singular values add up; one of
-    # Muon, whose are all alike, would be as much smaller.
+    # Factors of the embedding and of the head, which Adam trains: W_expand E is the table of the wide stream. Both are
+    # divided by the square root of what they sum over, because Adam moves all entries by one rate, and such moves can
+    # add up to a singular value of that size. Those of a step of Muon are equal: divided, the step would be too small.
     (Expansion, "weight"): False,
     (Reduction, "weight"): False,
     # A table of rows that are looked up.

@@ -367,10 +367,20 @@ MUON: dict[str, tuple[Layout, Case, str]] = {
     "TP2 replicated": (TP2, Case(SMALL.pattern, stream(partition="replicated", **NGRAMS)), "duplicated"),
     "PP2": (PP2, SMALL, "duplicated"),
     "EP2": (EP2, SMALL_EXPERTS, "duplicated"),
+    "ETP2 x TP2+SP": (Layout(tp=2, etp=2, sequence_parallel=True), SMALL_EXPERTS, "duplicated"),
+    "MLA": (TP2_SP, Case(pattern="+-"), "distributed"),
 }
-# Data-parallel ranks that share Muon's work by layers train as those that each do all of it.
-LAYERS_OF_MUON = {"EP2": (EP2, SMALL_EXPERTS)}
+# name -> (layout, case, whether each rank's matrices are its part of the buffers, as without
+# --no-use-layer-wise-param-layout). Data-parallel ranks that share Muon's work train as those that each do all of it.
+LAYERS_OF_MUON: dict[str, tuple[Layout, Case, bool]] = {
+    "TP2+SP": (TP2_SP, SMALL, True),
+    "EP2 x PP2": (Layout(ep=2, pp=2), MOE.but(moe_router_load_balancing_type="none"), True),
+    "EP2, lists": (EP2, SMALL_EXPERTS, False),
+}
 RESHARDING["Muon, PP2"] = (TP2_SP, PP2, SMALL, "muon")
+RESHARDING["Muon, TP2 width"] = (TP2_SP, TP2, SMALL, "muon")
+RESHARDING["Muon, EP4"] = (EP2, Layout(ep=4), SMALL_EXPERTS, "muon")
+RESHARDING["layers of Muon, DP4"] = (TP2_SP, Layout(), SMALL.but(bf16=True), "layers of muon")
 
 # (m, n, reduction norm): function-preserving without the norm; with it only at a vanishing norm eps.
 BIRTH: dict[str, tuple[int, int, bool]] = {

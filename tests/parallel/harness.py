@@ -25,6 +25,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.training.training import wrap_model_chunks_with_ddp
 from parallel.cases import Case, Layout
 from parallel.gated_delta_net import allow_torch_gated_delta_net
 
@@ -183,8 +184,15 @@ def initialize_groups(layout: Layout) -> None:
     _groups_of = wanted
 
 
-def build(layout: Layout, case: Case, seed: int = 1) -> Session:
-    """The model of this rank, wrapped for data parallelism unless the layout stands alone."""
+def build(layout: Layout, case: Case, seed: int = 1, *, by_layers: bool = False) -> Session:
+    """The model of this rank, wrapped for data parallelism unless the layout stands alone.
+
+    Args:
+        layout: parallel sizes.
+        case: the model.
+        seed: of its parameters.
+        by_layers: in buffers of which each data-parallel rank has whole matrices, as training with dist_muon wraps it.
+    """
     initialize_groups(layout)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -219,7 +227,12 @@ def build(layout: Layout, case: Case, seed: int = 1) -> Session:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
         )
-        chunks = [DistributedDataParallel(config, ddp, chunk, pg_collection=groups) for chunk in chunks]
+        if by_layers:
+            chunks = wrap_model_chunks_with_ddp(
+                chunks, config, ddp, use_layer_wise_distributed_optimizer=True, pg_collection=groups
+            )
+        else:
+            chunks = [DistributedDataParallel(config, ddp, chunk, pg_collection=groups) for chunk in chunks]
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
     return Session(layout, case, config, chunks, groups)
 

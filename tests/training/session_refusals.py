@@ -371,6 +371,9 @@ def main(cases_file, results_file):
     results["moved experts"] = moved_experts()
     layout = {"tensor_model_parallel_size": 4, "group_query_attention": True, "num_query_groups": 2}
     results["split query groups"] = refused_by_choice(optimizer_choice.WIDE_OPTIMIZER_RULES, **layout)
+    experts = {"num_experts": 8, "expert_model_parallel_size": 2, "add_bias_linear": True}
+    divided = {"use_distributed_optimizer": True, "num_distributed_optimizer_instances": 1, "bf16": True}
+    results["biases of experts"] = refused_by_choice(optimizer_choice.OPTIMIZER_RULES, **experts, **divided)
     results["damaged load"] = damaged_load()
     results["exit codes"] = [exit_code(end) for end in (None, SystemExit(0), SystemExit(), SystemExit(3))]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

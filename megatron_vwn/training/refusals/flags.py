@@ -21,7 +21,7 @@ from megatron_vwn.config import LARGEST_SEED, VirtualWidthConfig, VirtualWidthEr
 from megatron_vwn.training.flags.defaults import megatron_defaults
 from megatron_vwn.training.refusals.fp8 import FP8_RULES
 from megatron_vwn.training.refusals.layers import LAYER_RULES, pattern_of
-from megatron_vwn.training.refusals.optimizer_choice import MUON, OPTIMIZER_RULES, WIDE_OPTIMIZER_RULES
+from megatron_vwn.training.refusals.optimizer_choice import MUON, OPTIMIZER_RULES, WIDE_OPTIMIZER_RULES, divides_layers
 from megatron_vwn.training.refusals.stages import (
     BLOCKS_OF_ONE,
     check_experts,
@@ -273,6 +273,9 @@ _OF_TRANSFORMER_ENGINE: _Patterns = {
     ),
 }
 _OF_MUON: _Patterns = {"belongs to Muon, which --optimizer does not name: drop it.": ("muon_*",)}
+_OF_LAYERS: _Patterns = {
+    "belongs to --optimizer dist_muon: give that, or drop it.": ("use_layer_wise_param_layout",),
+}
 _OF_LION: _Patterns = {"belongs to --muon-scalar-optimizer lion: give that, or drop it.": ("lion_*",)}
 # How something would be done that a virtual width has not.
 _OF_REFUSED_FLAGS: _Patterns = {
@@ -306,6 +309,7 @@ _SPELLED_DIFFERENTLY = {
     "strict_fsdp_dtensor_load": "no_strict_fsdp_dtensor_load",
     "torch_fsdp2_reshard_after_forward": "torch_fsdp2_no_reshard_after_forward",
     "muon_split_qkv": "muon_no_split_qkv",
+    "use_layer_wise_param_layout": "no_use_layer_wise_param_layout",
     "fp8": "fp8_format",
     "fp4": "fp4_format",
     "fp8_wgrad": "no_fp8_wgrad",
@@ -343,6 +347,7 @@ def refuse_unsupported(args: Args, virtual_width: VirtualWidthConfig | None) -> 
         _WITHOUT_EFFECT
         | (_OF_TRANSFORMER_ENGINE if args.transformer_impl == "local" else {})
         | ({} if args.optimizer in MUON else _OF_MUON)
+        | ({} if divides_layers(args) else _OF_LAYERS)
         | ({} if args.optimizer in MUON and args.muon_scalar_optimizer == "lion" else _OF_LION)
         | (_OF_REFUSED_FLAGS if virtual_width is not None else {}),
     )

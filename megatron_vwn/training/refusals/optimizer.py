@@ -42,7 +42,11 @@ pin_cpu_params reuse_grad_buf_for_mxfp8_param_ag optimizer_cuda_graph log_num_ze
 config_logger_dir fp8_recipe muon_fp32_matmul_prec muon_tp_mode main_grads_dtype use_torch_optimizer_for_cpu_offload
 """
 _FREE = frozenset((*_AT_ONCE.split(), *_SCHEDULE))
-_COMPARED = (*(each.name for each in fields(OptimizerConfig) if each.name not in _FREE), "no_weight_decay_cond_type")
+_COMPARED = (
+    *(each.name for each in fields(OptimizerConfig) if each.name not in _FREE),
+    "no_weight_decay_cond_type",
+    "use_layer_wise_param_layout",
+)
 
 
 def refuse_other_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> list[str]:

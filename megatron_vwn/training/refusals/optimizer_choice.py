@@ -15,8 +15,8 @@ Rules = tuple[tuple[Callable[[Args], object], str], ...]
 MUON = ("muon", "dist_muon")
 
 
-def _divides_layers(args: Args) -> bool:
-    """Whether data-parallel ranks share Muon's work layer by layer."""
+def divides_layers(args: Args) -> bool:
+    """Whether data-parallel ranks share Muon's work layer by layer; of arguments that are not validated yet."""
     return args.optimizer == "dist_muon" or (args.optimizer == "muon" and args.use_distributed_optimizer)
 
 
@@ -48,13 +48,20 @@ OPTIMIZER_RULES: Rules = (
         "--optimizer muon, lion and soap cannot train in fp16: give --bf16 in place of --fp16.",
     ),
     (
-        lambda args: _divides_layers(args) and not args.bf16,
+        lambda args: divides_layers(args) and not args.bf16,
         "--optimizer dist_muon, or muon with --use-distributed-optimizer, trains in bf16 only: add --bf16, or give "
         "--optimizer muon alone.",
     ),
     (
-        lambda args: _divides_layers(args) and args.num_distributed_optimizer_instances > 1,
+        lambda args: divides_layers(args) and args.num_distributed_optimizer_instances > 1,
         "--num-distributed-optimizer-instances cannot be given with Muon's distributed optimizer: drop it.",
+    ),
+    (
+        lambda args: (
+            divides_layers(args) and args.num_experts and args.expert_model_parallel_size > 1 and args.add_bias_linear
+        ),
+        "Muon's distributed optimizer cannot train biases of experts with --expert-model-parallel-size: add "
+        "--disable-bias-linear, or give --optimizer muon alone.",
     ),
     (
         lambda args: args.optimizer in MUON and args.overlap_param_gather_with_optimizer_step,
