@@ -26,13 +26,14 @@ from megatron_vwn.recipes.recipe import Recipe, load_recipe, read_recipe
 
 # Keys of the layout that a number of GPUs may make impossible, and that divide any number.
 _ANY_LAYOUT = {
-    "tensor-model-parallel-size": 1,
     "pipeline-model-parallel-size": 1,
     "stages-per-rank": 1,
     "context-parallel-size": 1,
     "expert-model-parallel-size": 1,
     "micro-batch-size": 1,
 }
+# More than one where there are more GPUs than a batch has sequences.
+_TENSORS = (1, 2, 4, 8)
 
 # Of the comparison with stream recompute.
 _BLOCK = 4
@@ -120,11 +121,18 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, VirtualWidthError | No
     try:
         return _checked(load_recipe(options.recipe, [*size, *options.overrides], baseline=options.baseline))
     except VirtualWidthError as impossible:
-        loose = [f"{key}={value}" for key, value in _ANY_LAYOUT.items()]
         if not options.top:
             raise
-        loaded = load_recipe(options.recipe, [*size, *options.overrides, *loose], baseline=options.baseline)
-        return loaded, impossible
+        refused = None
+        for tensor in _TENSORS:
+            loose = [f"{key}={value}" for key, value in (_ANY_LAYOUT | {"tensor-model-parallel-size": tensor}).items()]
+            try:
+                loaded = load_recipe(options.recipe, [*size, *options.overrides, *loose], baseline=options.baseline)
+            except VirtualWidthError as refusal:
+                refused = refused or refusal
+            else:
+                return loaded, impossible
+        raise refused from None
 
 
 def _checked(recipe: Recipe) -> tuple[Recipe, None]:

@@ -189,3 +189,9 @@ def test_a_plan_is_printed_and_written(tmp_path):
         share = 1 - twin["step_seconds"] / found["step_seconds"]
         assert written["share_of_virtual_width"][name] == pytest.approx(share) and share > 0
         assert f"share of the virtual width in the step against that, {name}, predicted: {share:.1%}" in done.stdout
+
+
+def test_more_gpus_than_a_batch_has_sequences_share_them():
+    options = plan._parser().parse_intermixed_args(["dense-1b", "--gpus", "1024"])
+    recipe, impossible = plan._recipe(options)
+    assert recipe.number("tensor-model-parallel-size") == 4 and "1024 data-parallel ranks = 4096" in str(impossible)
