@@ -19,7 +19,7 @@ from megatron_vwn.study.growth import Seed, constant_until, ratios
 AXES = ("tokens", "seconds", "FLOPs")
 # Of the baseline's whole training; single steps say little.
 SMOOTHING = 0.05
-_TRAINING, _SECOND = "lm loss", "mtp_1 loss"
+TRAINING, _SECOND = "lm loss", "mtp_1 loss"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Metric:
 METRICS = (
     Metric("validation", VALIDATION, "validation loss", smoothed=False),
     Metric("next2", _SECOND, "next-2-token training loss (smoothed)", smoothed=True),
-    Metric("training", _TRAINING, "training loss (smoothed)", smoothed=True),
+    Metric("training", TRAINING, "training loss (smoothed)", smoothed=True),
 )
 
 
@@ -183,7 +183,7 @@ def compare(runs: Sequence[LoggedRun], baseline: str | None, order: Sequence[str
             results.append(result)
     if not any(result.metric.tag != _SECOND for result in results):
         raise VirtualWidthError(
-            f"no run of the baseline {name} has {VALIDATION!r} or {_TRAINING!r} in its event files: train with "
+            f"no run of the baseline {name} has {VALIDATION!r} or {TRAINING!r} in its event files: train with "
             "--tensorboard-dir and --eval-interval, or name another --baseline."
         )
     return Comparison(name, variants, unit, results, notes)

@@ -21,6 +21,7 @@ from megatron_vwn.study.folder import RECORD, TIMING, read_json
 
 VALIDATION = "lm loss validation"
 KEPT, KEPT_FACTS = "scalars.csv", "facts.json"
+_CLOCK = "iteration-time"
 _FILES = "events.out.tfevents*"
 # Megatron logs every argument as a text of this tag.
 _TEXT = "/text_summary"
@@ -96,7 +97,7 @@ class LoggedRun:
     @property
     def seconds_per_step(self) -> float | None:
         """Median of the run's own clock, which runs beside it may have slowed down."""
-        times = list(self.scalars.get("iteration-time", {}).values())
+        times = list(self.scalars.get(_CLOCK, {}).values())
         return float(np.median(times)) if times else None
 
 
@@ -193,6 +194,8 @@ def _read_kept(path: Path, name: str) -> LoggedRun:
         facts = read_json(path / KEPT_FACTS)
         samples = {int(step): float(count) for step, count in facts["samples"]}
         arguments, notes = dict(facts["arguments"]), list(facts["notes"])
+        if facts["seconds_per_step"] is not None:
+            scalars[_CLOCK] = {0: float(facts["seconds_per_step"])}
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise VirtualWidthError(
             f"{path} holds no run as vwn-study keep writes it ({type(error).__name__}: {error}): make it again."

@@ -18,13 +18,12 @@ import numpy as np
 
 from megatron_vwn.atomic import atomic_folder, write_json
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.study.compare import METRICS
-from megatron_vwn.study.events import KEPT, KEPT_FACTS, Curve, LoggedRun, find_runs
+from megatron_vwn.study.compare import METRICS, TRAINING
+from megatron_vwn.study.events import KEPT, KEPT_FACTS, VALIDATION, Curve, LoggedRun, find_runs
 from megatron_vwn.study.folder import RECORD, STUDY, TIMING, read_json
 from megatron_vwn.study.growth import SCHEDULE
 from megatron_vwn.study.routing import TAGS
 
-_TAGS = (*(metric.tag for metric in METRICS), "iteration-time", *TAGS)
 # Beside all of the virtual width's.
 _ARGUMENTS = ("seq_length", "global_batch_size", *SCHEDULE)
 # Of a path from the root, at the start of a word or behind a mark: all but its last part.
@@ -86,15 +85,23 @@ def _write(run: LoggedRun, folder: Path) -> None:
         with (staging / KEPT).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["tag", "step", "value"])
-            for tag, curve in run.scalars.items():
-                if tag.startswith(_TAGS) and not tag.endswith(" vs samples"):
-                    # As many digits as tell fp32 numbers apart.
-                    writer.writerows([tag, step, f"{np.float32(value):.9g}"] for step, value in sorted(curve.items()))
+            for tag in _tags(run):
+                # As many digits as tell fp32 numbers apart.
+                points = sorted(run.scalars[tag].items())
+                writer.writerows([tag, step, f"{np.float32(value):.9g}"] for step, value in points)
         read = {name: text for name, text in run.arguments.items() if name.startswith("vwn_") or name in _ARGUMENTS}
-        facts = {"arguments": read, "samples": _corners(run.samples), "notes": run.notes}
-        write_json(staging / KEPT_FACTS, facts)
+        facts = {"arguments": read, "samples": _corners(run.samples), "seconds_per_step": run.seconds_per_step}
+        write_json(staging / KEPT_FACTS, facts | {"notes": run.notes})
         if run.record:
             write_json(staging / RECORD, _without_folders(run.record))
+
+
+def _tags(run: LoggedRun) -> list[str]:
+    """Those that a report reads: the training loss only of a run that was not validated."""
+    losses = [metric.tag for metric in METRICS]
+    if VALIDATION in run.scalars:
+        losses.remove(TRAINING)
+    return [tag for tag in run.scalars if tag in losses or tag.startswith(TAGS)]
 
 
 def _without_folders(content):
