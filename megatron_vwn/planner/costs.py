@@ -109,13 +109,17 @@ def sublayer_flops(shape: Shape, symbol: str) -> dict[str, float]:
     if symbol == "*":
         q, k = shape.heads * shape.head_channels, shape.groups * shape.head_channels
         return {"matrix": tokens * 4 * hidden * (q + k), "attention": tokens * 2 * q * shape.sequence}
-    per_channel = (6 if shape.gated else 4) * hidden
     if symbol == "-":
-        return {"matrix": tokens * per_channel * shape.ffn}
+        return {"matrix": tokens * _mlp_flops(shape, shape.ffn)}
     return {
-        "matrix": tokens * (per_channel * shape.shared_ffn + 2 * hidden * shape.experts),
-        "expert": tokens * per_channel * shape.expert_ffn * shape.top_k,
+        "matrix": tokens * (_mlp_flops(shape, shape.shared_ffn) + 2 * hidden * shape.experts),
+        "expert": tokens * _mlp_flops(shape, shape.expert_ffn) * shape.top_k,
     }
+
+
+def _mlp_flops(shape: Shape, ffn: int) -> int:
+    """Of one token."""
+    return (6 if shape.gated else 4) * shape.hidden * ffn
 
 
 def edge_flops(shape: Shape, rank: int) -> dict[str, float]:
@@ -192,7 +196,7 @@ def _recompute_seconds(shape: Shape, sublayers: str, further: bool, rates: Rates
 
 def _shared_seconds(shape: Shape, rates: Rates) -> float:
     """Forward pass of a shared expert."""
-    return shape.tokens / shape.tensor * (6 if shape.gated else 4) * shape.hidden * shape.shared_ffn / rates.matrix
+    return shape.tokens / shape.tensor * _mlp_flops(shape, shape.shared_ffn) / rates.matrix
 
 
 def _hidden_seconds(shape: Shape, rank: int, rates: Rates) -> float:

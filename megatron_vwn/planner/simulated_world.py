@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from dataclasses import dataclass
@@ -189,18 +189,14 @@ class SimulatedWorld:
         several = max(self.args.tensor_model_parallel_size, experts)
         return [first + each for first in self.stage_ranks() for each in range(several)]
 
-    def count(self, look: Callable[[SimulatedRank], object] = lambda built: None) -> Count:
+    def count(self) -> Count:
         """The parameters of the whole model, exactly, from one rank of every pipeline stage.
 
         One rank suffices because every shard states the shape of the whole tensor.
-
-        Args:
-            look: shown each of these ranks, in the order of stages; building them takes most of the time.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for rank in self.stage_ranks():
             built = self.build(rank)
-            look(built)
             trained = sum(parameter.numel() for _, parameter in built.parameters())
             shards = [shard for shard in built.shards() if not _is_buffer(shard.key)]
             if trained != sum(math.prod(shard.shape) for shard in shards):

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_vwn.study.compare import Comparison
 from megatron_vwn.study.curves import Curve
 from megatron_vwn.study.events import LoggedRun
+from megatron_vwn.training.monitoring.reference import fresh_window
 
 _INDEPENDENT, _EFFECTIVE, _WINDOW = "independent_segments", "effective_segments", "depth_window"
 _LAYER = re.compile(r"vwn_layers/(\w+)/layer_(\d+)")
@@ -47,11 +48,6 @@ class Routing:
     def window_at_birth(self) -> float:
         """The same in a fresh model."""
         return float(np.mean([fresh_window(place) for place in self.windows]))
-
-
-def fresh_window(place: int) -> float:
-    """Of the sublayer at a place, counted from one, that reads all outputs before it alike, as a fresh model's does."""
-    return place / 2
 
 
 def routings(comparison: Comparison) -> dict[str, Routing]:

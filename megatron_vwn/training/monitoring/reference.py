@@ -3,6 +3,11 @@
 from megatron_vwn.config import VirtualWidthConfig
 
 
+def fresh_window(place: int) -> float:
+    """Depth window of a sublayer, by its place counted from one: it reads all outputs before it alike."""
+    return place / 2
+
+
 def at_birth(virtual_width: VirtualWidthConfig, layers: int) -> dict[str, float]:
     """Values of a fresh model, by name, as far as they do not depend on what is drawn.
 
@@ -21,8 +26,7 @@ def at_birth(virtual_width: VirtualWidthConfig, layers: int) -> dict[str, float]
         "carry_mixed": 0.0,
         "carry_gain_forward_max": 1.0,
         "carry_gain_backward_max": 1.0,
-        # A sublayer reads all outputs before it alike.
-        "depth_window": sum(number / 2 for number in range(2, layers + 1)) / max(1, layers - 1),
+        "depth_window": sum(map(fresh_window, range(2, layers + 1))) / max(1, layers - 1),
     }
     if virtual_width.embedding != "wide" and not virtual_width.ngrams:
         copies = [len(range(first, n, m)) for first in range(m)]
