@@ -46,7 +46,7 @@ assert list(RESULTS.glob("*.json")), RESULTS
 assert list((folder / "megatron_lm" / "patches").glob("0.19/*.patch"))
 refusals = folder / "training" / "refusals"
 assert (refusals / "SUPPORT.md").is_file() and (refusals / "known_flags.txt").is_file()
-for file in ("py.typed", "CHANGES.md", "study/report.md.j2"):
+for file in ("py.typed", "CHANGES.md", "study/report/report.md.j2"):
     assert (folder / file).is_file(), file
 print(len(names), "modules")
 """

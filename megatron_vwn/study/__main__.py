@@ -135,7 +135,7 @@ def _print_plan(study: Study, runs: list[Run], output: Path) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     try:
-        from megatron_vwn.study.report import write_report
+        from megatron_vwn.study.report.write import write_report
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
@@ -148,7 +148,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _keep(options: argparse.Namespace) -> int:
-    from megatron_vwn.study.keep import keep
+    from megatron_vwn.study.report.keep import keep
 
     print(*keep(options.folder, options.output), sep="\n")
     return 0

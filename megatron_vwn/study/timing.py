@@ -14,9 +14,9 @@ from pathlib import Path
 
 from megatron_vwn.atomic import write_json
 from megatron_vwn.study.child import Child, tail
-from megatron_vwn.study.events import read_scalars
 from megatron_vwn.study.folder import TIMING, own_defaults, read_json
 from megatron_vwn.study.plan import Run, Study, Variant
+from megatron_vwn.study.report.events import read_scalars
 from megatron_vwn.study.run import Gpus, machine
 
 ROUNDS, STEPS, SKIPPED = 2, 30, 8

@@ -11,13 +11,13 @@ import pytest
 from study.event_files import STEPS, TOKENS, falling, megatron_arguments, write_run
 
 from megatron_vwn.study import __main__ as program
-from megatron_vwn.study import report as _study_report
-from megatron_vwn.study.compare import Variant, compare
-from megatron_vwn.study.curves import Curve, estimate, spread
-from megatron_vwn.study.events import LoggedRun, find_runs, split_seed
-from megatron_vwn.study.families import families
-from megatron_vwn.study.fit import fit_widths
-from megatron_vwn.study.growth import SHARES, at_shares, change
+from megatron_vwn.study.report import write as _study_report
+from megatron_vwn.study.report.compare import Variant, compare
+from megatron_vwn.study.report.curves import Curve, estimate, spread
+from megatron_vwn.study.report.events import LoggedRun, find_runs, split_seed
+from megatron_vwn.study.report.families import families
+from megatron_vwn.study.report.fit import fit_widths
+from megatron_vwn.study.report.growth import SHARES, at_shares, change
 
 WIDTHS = (1, 2, 4, 8)
 # By seed: an offset of all its losses, and how much its gain per doubling differs from 0.25.

@@ -18,11 +18,11 @@ import numpy as np
 
 from megatron_vwn.atomic import atomic_folder, write_json
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.study.compare import METRICS, TRAINING
-from megatron_vwn.study.events import KEPT, KEPT_FACTS, VALIDATION, Curve, LoggedRun, find_runs
 from megatron_vwn.study.folder import RECORD, STUDY, TIMING, read_json
-from megatron_vwn.study.growth import SCHEDULE
-from megatron_vwn.study.routing import TAGS
+from megatron_vwn.study.report.compare import METRICS, TRAINING
+from megatron_vwn.study.report.events import KEPT, KEPT_FACTS, VALIDATION, Curve, LoggedRun, find_runs
+from megatron_vwn.study.report.growth import SCHEDULE
+from megatron_vwn.study.report.routing import TAGS
 
 # Beside all of the virtual width's.
 _ARGUMENTS = ("seq_length", "global_batch_size", *SCHEDULE)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vwn.study.compare import Comparison
-from megatron_vwn.study.curves import Curve
-from megatron_vwn.study.events import LoggedRun
+from megatron_vwn.study.report.compare import Comparison
+from megatron_vwn.study.report.curves import Curve
+from megatron_vwn.study.report.events import LoggedRun
 from megatron_vwn.training.monitoring.reference import fresh_window
 
 _INDEPENDENT, _EFFECTIVE, _WINDOW = "independent_segments", "effective_segments", "depth_window"

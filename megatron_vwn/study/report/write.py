@@ -6,12 +6,12 @@ from pathlib import Path
 
 from megatron_vwn.atomic import atomic_folder
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.study.compare import AXES, Comparison, compare
-from megatron_vwn.study.events import LoggedRun, find_runs
 from megatron_vwn.study.folder import RECORD, STUDY, read_json
-from megatron_vwn.study.plots import draw, draw_routing
-from megatron_vwn.study.render import as_html, as_markdown
-from megatron_vwn.study.routing import routings
+from megatron_vwn.study.report.compare import AXES, Comparison, compare
+from megatron_vwn.study.report.events import LoggedRun, find_runs
+from megatron_vwn.study.report.plots import draw, draw_routing
+from megatron_vwn.study.report.render import as_html, as_markdown
+from megatron_vwn.study.report.routing import routings
 
 
 def write_report(folders: Sequence[Path], output: Path, baseline: str | None, command: str) -> list[str]:

@@ -9,11 +9,11 @@ from jinja2 import Environment, PackageLoader
 from markdown import markdown
 from markupsafe import Markup
 
-from megatron_vwn.study.compare import AXES, SMOOTHING, Compared, Comparison, Variant
-from megatron_vwn.study.curves import Estimate
-from megatron_vwn.study.events import LoggedRun
-from megatron_vwn.study.growth import SHARES, at_shares, change
-from megatron_vwn.study.routing import Routing
+from megatron_vwn.study.report.compare import AXES, SMOOTHING, Compared, Comparison, Variant
+from megatron_vwn.study.report.curves import Estimate
+from megatron_vwn.study.report.events import LoggedRun
+from megatron_vwn.study.report.growth import SHARES, at_shares, change
+from megatron_vwn.study.report.routing import Routing
 
 _NOTHING = "-"
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -69,7 +69,7 @@ def as_html(text: str, title: str, folder: Path) -> str:
 
 
 def _environment(**options) -> Environment:
-    loader = PackageLoader("megatron_vwn.study", "")
+    loader = PackageLoader("megatron_vwn.study.report", "")
     return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, **options)
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.study.curves import Curve, Estimate, estimate
-from megatron_vwn.study.events import VALIDATION, LoggedRun
-from megatron_vwn.study.families import fit_families
-from megatron_vwn.study.fit import Fit
-from megatron_vwn.study.growth import Seed, constant_until, ratios
+from megatron_vwn.study.report.curves import Curve, Estimate, estimate
+from megatron_vwn.study.report.events import VALIDATION, LoggedRun
+from megatron_vwn.study.report.families import fit_families
+from megatron_vwn.study.report.fit import Fit
+from megatron_vwn.study.report.growth import Seed, constant_until, ratios
 
 AXES = ("tokens", "seconds", "FLOPs")
 # Of the baseline's whole training; single steps say little.

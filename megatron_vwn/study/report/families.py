@@ -8,11 +8,11 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig
-from megatron_vwn.study.events import R_IN_NAME
-from megatron_vwn.study.fit import Fit, fit_widths
+from megatron_vwn.study.report.events import R_IN_NAME
+from megatron_vwn.study.report.fit import Fit, fit_widths
 
 if TYPE_CHECKING:
-    from megatron_vwn.study.compare import Variant
+    from megatron_vwn.study.report.compare import Variant
 
 # Of the arguments as they are logged; the width itself makes no family, and the norm before the reduction follows from
 # it where nothing is said.

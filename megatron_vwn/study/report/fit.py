@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import linregress
 
-from megatron_vwn.study.curves import Estimate, estimate, half_interval
+from megatron_vwn.study.report.curves import Estimate, estimate, half_interval
 
 # Of two widths every line is a perfect fit.
 LEAST_WIDTHS = 3

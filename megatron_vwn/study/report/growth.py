@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_vwn.study.curves import Curve, Estimate, estimate
-from megatron_vwn.study.events import LoggedRun
+from megatron_vwn.study.report.curves import Curve, Estimate, estimate
+from megatron_vwn.study.report.events import LoggedRun
 
 Seed = int | None
 # Of the baseline's training; what is read there is in the report's first table.

@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from megatron_vwn.study.compare import AXES, Comparison, MetricResult
-from megatron_vwn.study.curves import Curve, difference, spread
-from megatron_vwn.study.fit import Fit
-from megatron_vwn.study.routing import Routing
+from megatron_vwn.study.report.compare import AXES, Comparison, MetricResult
+from megatron_vwn.study.report.curves import Curve, difference, spread
+from megatron_vwn.study.report.fit import Fit
+from megatron_vwn.study.report.routing import Routing
 from megatron_vwn.training.monitoring.reference import fresh_window
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#5B4FA2")
