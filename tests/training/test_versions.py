@@ -49,7 +49,7 @@ def test_a_missing_megatron_is_refused(megatron_of):
         versions.refuse_versions(["--allow-untested"])
 
 
-@pytest.mark.parametrize(("installed", "tried"), [("2.9.1", False), ("2.10.0+cu130", True), ("2.99.0a0", False)])
+@pytest.mark.parametrize(("installed", "tried"), [("2.10.0", False), ("2.11.0+cu130", True), ("2.99.0a0", False)])
 def test_a_torch_that_was_not_tried_is_said(monkeypatch, installed, tried):
     monkeypatch.setattr(versions, "version", lambda package: installed)
     said = versions.untested_packages()
