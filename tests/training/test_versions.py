@@ -1,5 +1,8 @@
 """What the entry point says of installed versions, before it imports any of them."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from megatron_vwn.config import VirtualWidthError
@@ -54,3 +57,9 @@ def test_a_torch_that_was_not_tried_is_said(monkeypatch, installed, tried):
     monkeypatch.setattr(versions, "version", lambda package: installed)
     said = versions.untested_packages()
     assert said == [] if tried else installed in said[0] and "-c constraints.txt" in said[0]
+
+
+def test_the_tested_range_is_the_declared_one():
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"][0]
+    (oldest, (major, minor)) = versions.TESTED["torch"]
+    assert declared == "torch>={}.{},<{}.{}".format(*oldest, major, minor + 1)

@@ -11,7 +11,7 @@ from megatron_vwn.config import VirtualWidthError
 ALLOW_UNTESTED = "--allow-untested"
 MEGATRON = (0, 19)
 # Oldest and newest; tests/versions.sh runs the tests with both, and pyproject.toml declares them.
-TESTED = {"torch": ((2, 10), (2, 14))}
+TESTED = {"torch": ((2, 11), (2, 14))}
 
 
 def refuse_versions(argv: Sequence[str]) -> None:
