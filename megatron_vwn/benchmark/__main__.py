@@ -107,8 +107,8 @@ def _compile_only(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
     import torch
 
-    from megatron_vwn.benchmark import compile as compiling
     from megatron_vwn.benchmark.operations import Kernels
+    from megatron_vwn.benchmark.prediction import compile as compiling
 
     architecture = options.compile_only
     if architecture not in compiling.ARCHITECTURES:
@@ -129,9 +129,9 @@ def _predict(options: argparse.Namespace, argv: list[str]) -> int:
     _no_interpreter()
     import torch
 
-    from megatron_vwn.benchmark import calibration, predict
-    from megatron_vwn.benchmark.model import GPUS
     from megatron_vwn.benchmark.operations import Kernels
+    from megatron_vwn.benchmark.prediction import calibration, predict
+    from megatron_vwn.benchmark.prediction.model import GPUS
 
     names = options.predict
     if unknown := [name for name in names if name not in GPUS]:
@@ -236,8 +236,8 @@ def _tune(options: argparse.Namespace, rest: list[str], argv: list[str]) -> int:
         )
     _no_interpreter()
     from megatron_vwn.benchmark import tune
-    from megatron_vwn.benchmark.model import GPUS
     from megatron_vwn.benchmark.operations import Problem
+    from megatron_vwn.benchmark.prediction.model import GPUS
 
     if model is not None and model not in GPUS:
         raise VirtualWidthError(f"--predict {model} is none of {', '.join(GPUS)}: choose one of them.")

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_vwn.atomic import write_json
-from megatron_vwn.benchmark import calibration, report
-from megatron_vwn.benchmark.model import GPUS
+from megatron_vwn.benchmark import report
+from megatron_vwn.benchmark.prediction import calibration
+from megatron_vwn.benchmark.prediction.model import GPUS
 from megatron_vwn.config import VirtualWidthError
 
 GPU_HOUR = "vwn gpu hour"

@@ -3,7 +3,7 @@
 A kernel's tile is changed one step at a time, and a change stays if the pass that launches the kernel becomes faster by
 more than noise. Both tiles take turns on the same inputs. What was found is merged into the file that the kernels read
 before their first launch (``ops.kernels.geometry.tuned_file``), once the operation agrees with fp64. Without a GPU the
-model of ``benchmark.predict`` can be asked instead; what it says is printed and used by nobody.
+model of ``benchmark.prediction.predict`` can be asked instead; what it says is printed and used by nobody.
 """
 
 import json
@@ -22,10 +22,10 @@ from triton.runtime.jit import JITFunction
 
 from megatron_vwn.atomic import atomic_file
 from megatron_vwn.benchmark import kernels, machine
-from megatron_vwn.benchmark.compile import Launch, launches_compiled, passes
-from megatron_vwn.benchmark.model import GPUS, predict
 from megatron_vwn.benchmark.operations import Kernels, Problem, differentiated, grad_outputs
-from megatron_vwn.benchmark.predict import ARCHITECTURE, as_kernel
+from megatron_vwn.benchmark.prediction.compile import Launch, launches_compiled, passes
+from megatron_vwn.benchmark.prediction.model import GPUS, predict
+from megatron_vwn.benchmark.prediction.predict import ARCHITECTURE, as_kernel
 from megatron_vwn.benchmark.timing import Timed, interleave
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops.costs import PASSES, Pass

@@ -71,7 +71,7 @@ def gpus() -> list[str]:
 
 
 def factors() -> dict[str, dict[str, float]]:
-    """By kind of GPU and pass, the measured factors (``benchmark.calibration``) that are in the file's times."""
+    """By kind of GPU and pass, the measured factors (``prediction.calibration``) that are in the file's times."""
     return _content().get("factors", {})
 
 

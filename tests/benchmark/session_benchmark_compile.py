@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_vwn.benchmark import compile as compiling
-from megatron_vwn.benchmark import model, predict
 from megatron_vwn.benchmark.__main__ import main
-from megatron_vwn.benchmark.ttgir import Loop
+from megatron_vwn.benchmark.prediction import compile as compiling
+from megatron_vwn.benchmark.prediction import model, predict
+from megatron_vwn.benchmark.prediction.ttgir import Loop
 
 FOLDER = Path(sys.argv[1])
 

@@ -10,8 +10,9 @@ import pytest
 from gpu import hour, steps
 from gpu.steps import Step, check_losses, training_log
 
-from megatron_vwn.benchmark import calibration, results
+from megatron_vwn.benchmark import results
 from megatron_vwn.benchmark.__main__ import main
+from megatron_vwn.benchmark.prediction import calibration
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.planner import kernel_times
 

@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 
 import torch
 
-from megatron_vwn.benchmark import model, predict
-from megatron_vwn.benchmark.sass import Code, Instruction, _instructions
-from megatron_vwn.benchmark.ttgir import Access, Loop, Program, read_program
+from megatron_vwn.benchmark.prediction import model, predict
+from megatron_vwn.benchmark.prediction.sass import Code, Instruction, _instructions
+from megatron_vwn.benchmark.prediction.ttgir import Access, Loop, Program, read_program
 from megatron_vwn.config import VirtualWidthError
 
 # Rows 4 program + i of x, half of their 64 channels in four chunks, and the same eight of w; rows from T on are masked.

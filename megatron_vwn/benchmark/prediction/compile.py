@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_vwn.benchmark.operations import Problem, Variant, differentiated
-from megatron_vwn.benchmark.sass import Code
+from megatron_vwn.benchmark.prediction.sass import Code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import PASSES, Pass, Width

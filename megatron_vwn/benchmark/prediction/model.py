@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vwn.benchmark.sass import Code, Instruction
-from megatron_vwn.benchmark.ttgir import Program
+from megatron_vwn.benchmark.prediction.sass import Code, Instruction
+from megatron_vwn.benchmark.prediction.ttgir import Program
 from megatron_vwn.planner.hardware import HARDWARE
 
 CALIBRATION = "one public figure (TransformerEngine's mHC projection, within 20 %); nothing here ran on a GPU"

@@ -80,7 +80,7 @@ def comparable(row: Mapping) -> bool:
 
 def modelled_seconds(row: Mapping, gpu: str) -> float:
     """What the model itself, without any factor, says of a row's stream, pass and tokens."""
-    from megatron_vwn.benchmark.model import GPUS
+    from megatron_vwn.benchmark.prediction.model import GPUS
 
     width = Width(row["m"], row["n"], row["hidden_size"])
     predicted = kernel_times.connection_seconds(gpu, row["pass"], width, row["tokens"], bandwidth=GPUS[gpu].dram)

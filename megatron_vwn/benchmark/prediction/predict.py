@@ -1,7 +1,7 @@
 """``vwn-benchmark kernels --predict``: what operations would take on a GPU that is not here, by a model.
 
-Every kernel that an operation launches is compiled, its machine code counted and walked through (``benchmark.model``),
-and what it touches is taken from its TTGIR (``benchmark.ttgir``). Torch's own operations around the launches are
+Every kernel that an operation launches is compiled, its machine code counted and walked through (``model``),
+and what it touches is taken from its TTGIR (``ttgir``). Torch's own operations around the launches are
 recorded, too: a matrix product or a sum takes the bytes of its tensors, anything small the time of a launch.
 """
 
@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from megatron_vwn.benchmark import calibration
-from megatron_vwn.benchmark import compile as compiling
-from megatron_vwn.benchmark.compile import Launch
-from megatron_vwn.benchmark.model import CALIBRATION, GPUS, Gpu, Kernel, predict
 from megatron_vwn.benchmark.operations import Problem, Variant
-from megatron_vwn.benchmark.sass import Code
-from megatron_vwn.benchmark.ttgir import read_program
+from megatron_vwn.benchmark.prediction import calibration
+from megatron_vwn.benchmark.prediction import compile as compiling
+from megatron_vwn.benchmark.prediction.compile import Launch
+from megatron_vwn.benchmark.prediction.model import CALIBRATION, GPUS, Gpu, Kernel, predict
+from megatron_vwn.benchmark.prediction.sass import Code
+from megatron_vwn.benchmark.prediction.ttgir import read_program
 from megatron_vwn.ops import costs
 from megatron_vwn.ops.costs import PASSES, Width
 from megatron_vwn.planner.kernel_times import WHOLE

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import triton
 
-from megatron_vwn.benchmark.ttgir import Loop
+from megatron_vwn.benchmark.prediction.ttgir import Loop
 from megatron_vwn.config import VirtualWidthError
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
