@@ -4,10 +4,14 @@ import csv
 import html
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import launch
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from study.event_files import STEPS, TOKENS, falling, megatron_arguments, write_run
 
 from megatron_vwn.study import __main__ as program
@@ -434,3 +438,21 @@ def test_an_advantage_that_grows_is_followed_to_the_decay_of_the_learning_rate(t
     first = (tmp_path / "out" / "report.md").read_text().partition("## What came out")[0]
     assert "The advantage between a quarter of the training and the end of the constant learning rate" in first
     assert "wide4 grows, by +0.18" in first, first
+
+
+KEPT = sorted(path.parent for path in Path(__file__).parents[2].glob("examples/study/results/*/study.json"))
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_committed_curves_give_the_committed_reports(folder, tmp_path, monkeypatch):
+    """Every figure of every report there; pictures depend on fonts."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).touch())
+    reports = sorted(path.parent for path in folder.rglob("report.md"))
+    assert reports
+    for report in reports:
+        text = (report / "report.md").read_text()
+        command = shlex.split(re.search("^vwn-study report .*$", text, re.MULTILINE)[0])
+        baseline = command[command.index("--baseline") + 1] if "--baseline" in command else None
+        _study_report.write_report([folder], tmp_path / report.name, baseline, shlex.join(command))
+        for name in ("report.md", "results.csv"):
+            assert (tmp_path / report.name / name).read_text() == (report / name).read_text(), report / name
