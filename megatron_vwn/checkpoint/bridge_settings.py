@@ -5,6 +5,8 @@ The way to the provider is ``arguments.megatron_arguments``, in the provider's w
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
@@ -30,6 +32,22 @@ OF_HUGGING_FACE = (
 )
 """Settings that say where a configuration comes from or how transformers runs the model; ``dtype`` a provider has."""
 _ACTIVATIONS = {"silu": torch.nn.functional.silu, "relu2": squared_relu}
+
+
+@contextmanager
+def megatron_bridge_needed() -> Iterator[None]:
+    """For imports of Megatron-Bridge.
+
+    Raises:
+        VirtualWidthError: where one fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise VirtualWidthError(
+            f"Megatron-Bridge cannot be imported ({error}): install megatron-bridge and what it needs, or use "
+            "vwn-convert."
+        ) from error
 
 
 def known_config(settings: PreTrainedConfig, where: object) -> VWNConfig:
