@@ -143,9 +143,10 @@ def _grows(comparison: Comparison) -> str:
     for name, here in first.compared.items():
         found = change(here.growth, SHARES[0] * first.budget, end)
         if found is not None:
-            clear = found.half is None or found.clear
+            # One seed has no interval; what its two decimals do not show has not changed.
+            clear = found.clear if found.half is not None else abs(found.mean) >= 0.005
             word = ("grows" if found.mean > 0 else "shrinks") if clear else "neither grows nor shrinks clearly"
-            said.append(f"{name} {word}, by {_ratio(found, sign='+')}")
+            said.append(f"{name} {word}, by {_ratio(found, sign='+')}{' in one seed' if found.half is None else ''}")
     if not said:
         return "cannot be followed: no variant reaches the baseline's losses at a quarter of its training and later."
     where = "the end of the constant learning rate" if first.constant_until else "the end"
