@@ -17,6 +17,7 @@ from megatron_vwn.cli import REFUSED
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
 from megatron_vwn.recipes.recipe import Recipe, load_recipe, recipe_names
+from megatron_vwn.training.log_lines import launch_order
 
 TRAINING = "megatron_vwn.training.pretrain"
 ENVIRONMENT = {
@@ -24,9 +25,6 @@ ENVIRONMENT = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "OMP_NUM_THREADS": "1",
 }
-# Before Blackwell Megatron stops without this under tensor or context parallelism, whose overlap depends on the order
-# of launches. Elsewhere it would only keep the messages of experts and gradients from overlapping.
-ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 # Seconds after which a rank counts as hanging, by part of the run; --calc-ft-timeouts measures better ones. The setup
 # may build the index of the data, as long as distributed-timeout-minutes lets it.
 HANGING = ["--ft-rank-section-timeouts", "setup:3600,step:600,checkpointing:1800"]
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             endpoint = "HOST:PORT"
             print(f"torchrun.sh: {endpoint} stands for one of the nodes, where all meet, and a port.", file=sys.stderr)
         command = node_command(recipe, arguments, endpoint, options.rdzv_id or recipe.name)
-        surroundings = environment(recipe)
+        surroundings = ENVIRONMENT | launch_order(arguments)
         if options.dry_run:
             check_flags(arguments)
             print(describe(command, surroundings))
@@ -64,12 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"torchrun.sh: {describe(command, surroundings)}", flush=True)
     retries = recipe.get("max-agent-restarts", 0)
     return supervise(command, surroundings | os.environ, worker=TRAINING, retries=retries)
-
-
-def environment(recipe: Recipe) -> dict[str, str]:
-    """What a run finds in its environment, where the user's own does not say otherwise."""
-    ordered = any(recipe.number(f"{each}-parallel-size", 1) > 1 for each in ("tensor-model", "context"))
-    return ENVIRONMENT | (ONE_QUEUE if ordered else {})
 
 
 def node_command(recipe: Recipe, arguments: list[str], endpoint: str | None, name: str) -> list[str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from megatron_vwn.config import VirtualWidthError
 
 SCHEMA = 1
-# What a result can be; only "measured" and "predicted" have times.
-STATUSES = ("measured", "predicted", "missing", "disagrees", "failed")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -22,7 +20,8 @@ def report(mode: str, device, arguments: Sequence[str], settings: dict, results:
         device: torch's.
         arguments: the command line.
         settings: what applies to all results, such as measured rates.
-        results: one dictionary per row: what was run, ``status``, ``reason`` unless measured, ``seconds`` if measured.
+        results: one dictionary per row: what was run, ``status`` (measured, predicted, missing, disagrees or failed),
+            ``reason`` unless measured, ``seconds`` if measured.
         commit: see ``machine.commit``.
     """
     from megatron_vwn.benchmark import machine  # which imports torch

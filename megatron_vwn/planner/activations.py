@@ -23,9 +23,6 @@ import math
 from megatron_vwn.ops.costs import gate_bytes
 from megatron_vwn.planner.shape import Shape
 
-# Formulas of Transformer Engine, FlashAttention and our kernels, or of plain torch.
-BACKENDS = ("fused", "local")
-
 
 def sublayer_bytes(symbol: str, shape: Shape, backend: str) -> float:
     """Of one sublayer without its connection, with selective recompute if the shape has it."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vwn.cli import die_with_parent
-from megatron_vwn.training.log_lines import ENVIRONMENT
+from megatron_vwn.training.log_lines import ENVIRONMENT, launch_order
 
 _TAIL = 15
 _SECONDS_TO_END = 30
@@ -34,7 +34,7 @@ class Child:
         gpus: Sequence[str] | None = None,
         keep_open: Sequence[int] = (),
     ):
-        environment = os.environ | ENVIRONMENT
+        environment = os.environ | ENVIRONMENT | launch_order(flags)
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         self._log = log

@@ -85,9 +85,8 @@ def test_a_dry_run_of_many_nodes_needs_no_place_to_meet(capsys, monkeypatch):
     ],
 )
 def test_launches_are_put_in_order_only_where_tensor_or_context_parallelism_needs_it(words, ordered):
-    found = torchrun.environment(load_recipe("dense-1b", words))
-    assert (found.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1") == ordered
-    assert set(found) - {"CUDA_DEVICE_MAX_CONNECTIONS"} == set(torchrun.ENVIRONMENT)
+    arguments = load_recipe("dense-1b", words).arguments(transformer_engine=True)
+    assert torchrun.launch_order(arguments) == ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if ordered else {})
 
 
 def refusal(capsys, *words: str) -> str:
