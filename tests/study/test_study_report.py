@@ -19,7 +19,7 @@ from megatron_vwn.study.report import write as _study_report
 from megatron_vwn.study.report.compare import Variant, compare
 from megatron_vwn.study.report.curves import Curve, estimate, spread
 from megatron_vwn.study.report.events import LoggedRun, find_runs, split_seed
-from megatron_vwn.study.report.families import families
+from megatron_vwn.study.report.families import families, fit_families
 from megatron_vwn.study.report.fit import fit_widths
 from megatron_vwn.study.report.growth import SHARES, at_shares, change
 
@@ -149,6 +149,12 @@ def test_a_line_is_made_of_variants_that_differ_in_the_width_alone():
     ]
     plain = variant("r8-plain", 8, embedding="projected", linear="plain")
     assert families([*projected[:1], plain]) == [["r2"], ["r8-plain"]]
+    # Routing at r = 1 is where the line of its family begins, not the baseline, which has none.
+    variants = {each.name: each for each in (variant("base", 1), variant("r1", 1, embedding="projected"), *projected)}
+    (fit,) = fit_families(
+        {name: {1: 9.0 if name == "base" else 4 - each.r} for name, each in variants.items()}, variants, "base"
+    )
+    assert fit.names == ("r1", "r2", "r4", "r8") and fit.losses.tolist() == [3, 2, 0, -4]
 
 
 def test_reading_off_curves():

@@ -24,7 +24,7 @@ _SHARED = tuple(
 def fit_families(
     losses: Mapping[str, Mapping[int | None, float]], variants: Mapping[str, Variant], baseline: str
 ) -> list[Fit]:
-    """A fit for each family; the baseline, r = 1, belongs to all of them.
+    """A fit for each family; the baseline, r = 1, belongs to those without a variant of r = 1, routing without width.
 
     Args:
         losses: by variant, by seed.
@@ -36,7 +36,9 @@ def fit_families(
         return []
     fits = []
     for names in families([variants[name] for name in known if name != baseline]):
-        widths = {baseline: 1.0} | {name: variants[name].r for name in names}
+        widths = {name: variants[name].r for name in names}
+        if 1 not in widths.values():
+            widths[baseline] = 1.0
         fits.append(fit_widths(", ".join(names), {name: losses[name] for name in widths}, widths))
     return [fit for fit in fits if fit is not None]
 

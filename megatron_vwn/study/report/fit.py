@@ -18,8 +18,9 @@ class Fit:
 
     Attributes:
         label: which variants.
-        r: widths, increasing, 1 is the baseline.
-        losses: mean losses there, paired by seed: every seed's difference from its own baseline on the baselines' mean.
+        r: widths, increasing.
+        losses: mean losses there, paired by seed: every seed's difference from its own loss at r = 1, where there is
+            one, on the mean of these.
         names: variants.
         intercept, slope: of the line; the slope is a loss per doubling of the width.
         r_squared: the line's share of the variance of ``losses``.
@@ -55,7 +56,7 @@ def fit_widths(label: str, losses: Mapping[str, Mapping[int | None, float]], wid
 
     Args:
         label: of the fit.
-        losses: by variant, by seed; the variant of r = 1 is the baseline.
+        losses: by variant, by seed.
         widths: r by variant.
 
     Returns:
