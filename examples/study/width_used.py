@@ -22,6 +22,8 @@ from megatron_vwn.hf import VWNForCausalLM
 from megatron_vwn.hf.modeling_vwn import VWNConnection, average_copies, tile
 
 PROGRAM = "width_used.py"
+# Sequences at once: the logits of all of them would not fit into memory.
+BATCH = 4
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,15 +43,14 @@ def _run(options: argparse.Namespace) -> None:
     tokens_BS = read_tokens(options.data, options.sequences, model.config)
     whole, shares = loss(model, tokens_BS), energy_of_differences(model, tokens_BS)
     connections = connections_of(model)
-    everywhere = range(len(connections))
     print(f"{tokens_BS.numel():,} tokens of {options.data}: loss {whole:.4f}\n")
     print("| without | loss rises by | copies differ in this share of the stream's energy |")
     print("|---|---|---|")
     with equal_copies(connections):
         _row("what copies of a segment have for themselves, after every sublayer", loss(model, tokens_BS) - whole)
-    for place in everywhere:
-        with equal_copies(connections[place : place + 1]):
-            _row(f"the same, after sublayer {place + 1} alone", loss(model, tokens_BS) - whole, shares[place])
+    for place, (connection, share) in enumerate(zip(connections, shares, strict=True), start=1):
+        with equal_copies([connection]):
+            _row(f"the same, after sublayer {place} alone", loss(model, tokens_BS) - whole, share)
     if model.config.vwn_connection == "dynamic":
         with zeroed(connections, "weight"):
             _row("coefficients that depend on the token", loss(model, tokens_BS) - whole)
@@ -86,8 +87,11 @@ def read_tokens(prefix: str, sequences: int, config) -> Tensor:
 @torch.no_grad()
 def loss(model: VWNForCausalLM, tokens_BS: Tensor) -> float:
     """The mean cross entropy of the next token, in nats."""
-    logits = model(tokens_BS).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens_BS[:, 1:].flatten()).item()
+    nats = 0.0
+    for batch_BS in tokens_BS.split(BATCH):
+        logits = model(batch_BS).logits[:, :-1].float()
+        nats += F.cross_entropy(logits.flatten(0, 1), batch_BS[:, 1:].flatten(), reduction="sum").item()
+    return nats / tokens_BS[:, 1:].numel()
 
 
 def connections_of(model: VWNForCausalLM) -> list[VWNConnection]:
@@ -96,18 +100,20 @@ def connections_of(model: VWNForCausalLM) -> list[VWNConnection]:
 
 
 @contextmanager
-def _after_writes(connections: Sequence[VWNConnection], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    # ``change`` takes the place and the state [T, N, E].
-    def changed(place: int, connection: VWNConnection) -> Callable[..., Tensor]:
+def _after_writes(
+    connections: Sequence[VWNConnection], change: Callable[[VWNConnection, Tensor], Tensor]
+) -> Iterator[None]:
+    # ``change`` takes a connection and the state that it has written, [T, N, E].
+    def changed(connection: VWNConnection) -> Callable[..., Tensor]:
         def write(*arguments) -> Tensor:
             state = VWNConnection.write(connection, *arguments)
-            return change(place, state.unflatten(-1, (connection.n, -1))).flatten(-2)
+            return change(connection, state.unflatten(-1, (connection.n, -1))).flatten(-2)
 
         return write
 
     try:
-        for place, connection in enumerate(connections):
-            connection.write = changed(place, connection)
+        for connection in connections:
+            connection.write = changed(connection)
         yield
     finally:
         for connection in connections:
@@ -116,26 +122,26 @@ def _after_writes(connections: Sequence[VWNConnection], change: Callable[[int, T
 
 def equal_copies(connections: Sequence[VWNConnection]):
     """A context in which all copies of a backbone segment are their mean after each of these connections."""
-    return _after_writes(connections, lambda place, h: _equal(h, connections[place].m))
+    return _after_writes(connections, _equal)
 
 
-def _equal(h_NE: Tensor, m: int) -> Tensor:
-    return tile(average_copies(h_NE, m), h_NE.shape[-2])
+def _equal(connection: VWNConnection, h_TNE: Tensor) -> Tensor:
+    return tile(average_copies(h_TNE, connection.m), connection.n)
 
 
 def energy_of_differences(model: VWNForCausalLM, tokens_BS: Tensor) -> list[float]:
     """After each sublayer, the share of the stream's energy in which copies differ from their mean."""
-    shares: dict[int, float] = {}
     connections = connections_of(model)
+    apart, whole = (dict.fromkeys(connections, 0.0) for _ in range(2))
 
-    def measure(place: int, h: Tensor) -> Tensor:
-        difference = h - _equal(h, connections[place].m)
-        shares[place] = (difference.square().sum() / h.square().sum()).item()
-        return h
+    def measure(connection: VWNConnection, h_TNE: Tensor) -> Tensor:
+        apart[connection] += (h_TNE - _equal(connection, h_TNE)).square().sum().item()
+        whole[connection] += h_TNE.square().sum().item()
+        return h_TNE
 
     with _after_writes(connections, measure):
         loss(model, tokens_BS)
-    return [shares[place] for place in sorted(shares)]
+    return [apart[connection] / whole[connection] for connection in connections]
 
 
 @contextmanager

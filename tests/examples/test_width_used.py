@@ -1,6 +1,6 @@
 """examples/study/width_used.py on models whose answers are known: a fresh one, whose copies are equal, and others."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM
 
-_SPEC = importlib.util.spec_from_file_location(
-    "width_used", Path(__file__).parents[2] / "examples" / "study" / "width_used.py"
-)
-width_used = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(width_used)
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "study"))
+
+import width_used
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % SMALL["vocab_size"]
 
