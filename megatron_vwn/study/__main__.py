@@ -55,7 +55,7 @@ def _train(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
     for run in study.runs():
         RunFolder(options.output, run).check(study.ranks)
     with locked(options.output) as lock:
-        counted = _counted(study, options.output)
+        counted = _counted(study, options.output, command=shlex.join(["vwn-study", *sys.argv[1:]]))
         failed = run_all(study, options.output, runs, places, counted, lock)
         done = [each for each in study.variants if any(run.variant == each and run not in failed for run in runs)]
         untimed = [] if options.no_timing else time_variants(study, options.output, done, places[0], lock)
@@ -84,7 +84,7 @@ def _measure(study: Study, options: argparse.Namespace) -> int:
     return FAILED if failed else 0
 
 
-def _counted(study: Study, output: Path) -> dict[str, dict]:
+def _counted(study: Study, output: Path, **more: str) -> dict[str, dict]:
     """FLOPs and parameters of every variant, counted once; refuses flags that nobody knows."""
     from megatron_vwn.study.count import count
     from megatron_vwn.study.folder import STUDY, read_json, write_study
@@ -104,7 +104,7 @@ def _counted(study: Study, output: Path) -> dict[str, dict]:
         for name in missing:
             if "unknown" in known[name]:
                 print(f"{name}: its FLOPs are unknown ({known[name]['unknown']}).", flush=True)
-    write_study(output, study, counted=known, command=shlex.join(["vwn-study", *sys.argv[1:]]))
+    write_study(output, study, counted=known, **more)
     return known
 
 

@@ -21,6 +21,14 @@ from megatron_vwn.study.plan import Run, Study
 from megatron_vwn.tracker import last_step
 
 RECORD, TIMING, STUDY = "run.json", "timing.json", "study.json"
+# What the values in these files are, where they are not null.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("title", "baseline", "command", "state", "said", "variant"), str),
+    **dict.fromkeys(("seeds", "flags", "rounds", "starts"), list),
+    **dict.fromkeys(("variants", "counted", "hardware", "versions", "commit", "data"), dict),
+    **dict.fromkeys(("tokens_per_step", "seconds_per_step", "load_before", "seconds"), (int, float)),
+    **dict.fromkeys(("m", "n", "ranks", "steps", "seed"), int),
+}
 # Killed ranks may need that long until they are gone.
 _SECONDS_FOR_LOCK = 40
 
@@ -59,7 +67,7 @@ class RunFolder:
         return last_step(self.checkpoints)
 
     def check(self, ranks: int) -> None:
-        """Refuse to go on with a run that was started with other flags.
+        """Refuse to go on with a run that was started with other flags or data.
 
         Raises:
             VirtualWidthError: they differ.
@@ -73,6 +81,12 @@ class RunFolder:
             raise VirtualWidthError(
                 f"{self.path} was started with other flags ({what}): delete that folder to train the run anew, or "
                 "give another --output."
+            )
+        # Records that are older than this have no sizes.
+        if "data" in record and record["data"] != (now := token_files(self.run)):
+            raise VirtualWidthError(
+                f"{self.path} was started with other data (bytes before: {record['data']}, now: {now}): delete that "
+                "folder to train the run anew, or give another --output."
             )
 
     def arguments(self) -> list[str]:
@@ -91,6 +105,11 @@ class RunFolder:
         if not keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         shutil.rmtree(self.path / "index", ignore_errors=True)
+
+
+def token_files(run: Run) -> dict[str, int]:
+    """Bytes of a run's tokens, by prefix: data that is made anew under the same name has another size."""
+    return {prefix: Path(f"{prefix}.bin").stat().st_size for prefix in run.variant.data_prefixes}
 
 
 def own_defaults(run: Run, folder: Path) -> list[str]:
@@ -150,11 +169,20 @@ def write_study(output: Path, study: Study, **more: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is none."""
+    """A JSON object of a study; empty where there is no file.
+
+    Raises:
+        VirtualWidthError: it cannot be read, or has a value of another kind than was written.
+    """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise VirtualWidthError(f"{path} cannot be read ({error}): delete it.") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise VirtualWidthError(f"{path} holds no JSON object: delete it.")
+    for key, value in content.items():
+        if value is not None and not isinstance(value, _KINDS.get(key, object)):
+            raise VirtualWidthError(f"{path} has {key}: {value!r}, which vwn-study did not write: delete it.")
+    return content

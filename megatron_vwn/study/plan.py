@@ -65,6 +65,14 @@ class Variant:
         """Tokens of one global batch."""
         return self.flags["global-batch-size"] * self.flags["seq-length"]
 
+    @property
+    def data_prefixes(self) -> list[str]:
+        """Of all its token files."""
+        given = [self.flags.get(key) for key in _PREFIXES]
+        # A blend is a list of weights and prefixes.
+        words = [each for value in given for each in (value if isinstance(value, list) else [value])]
+        return [str(each) for each in words if each is not None and not re.fullmatch(r"[\d.]+", str(each))]
+
     def arguments(self) -> list[str]:
         """Flags of the training program, without seed and folders."""
         return [word for key, value in self.flags.items() for word in typed(key, value)]
@@ -169,14 +177,7 @@ def check_data(study: Study) -> None:
     """
     advice = f"make it with `{' '.join(study.made_by.split())}`" if study.made_by else "correct its path"
     for variant in study.variants:
-        needed = []
-        for key in _PREFIXES:
-            value = variant.flags.get(key)
-            # A blend is a list of weights and prefixes.
-            prefixes = [str(each) for each in (value if isinstance(value, list) else [value]) if each is not None]
-            needed += [
-                f"{each}{end}" for each in prefixes if not re.fullmatch(r"[\d.]+", each) for end in (".idx", ".bin")
-            ]
+        needed = [f"{prefix}{end}" for prefix in variant.data_prefixes for end in (".idx", ".bin")]
         tokenizer = variant.flags.get("tokenizer-model")
         # Anything else may be a name that the tokenizer's library looks up.
         if isinstance(tokenizer, str) and "/" in tokenizer and study.has_prefix:

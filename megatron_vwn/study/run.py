@@ -11,12 +11,13 @@ import torch
 from megatron_vwn.benchmark.machine import commit, hardware, has_gpu, versions
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.child import Child, launch, tail
-from megatron_vwn.study.folder import RunFolder
+from megatron_vwn.study.folder import RunFolder, token_files
 from megatron_vwn.study.plan import Run, Study
 from megatron_vwn.study.progress import Progress, minutes
 from megatron_vwn.training.log_lines import read_step, read_validation
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_MACHINE = ("hardware", "versions", "commit")
 Gpus = tuple[str, ...] | None
 
 
@@ -101,7 +102,11 @@ def run_all(
 
 
 def _start(study: Study, folder: RunFolder, place: Gpus, facts: dict, lock: int) -> Child:
-    variant, flags = folder.run.variant, folder.arguments()
+    variant, flags, record = folder.run.variant, folder.arguments(), folder.record
+    starts = list(record.get("starts") or ())
+    if record and not starts:  # a record that is older than "starts": the facts of its first
+        starts.append({key: record.get(key) for key in _MACHINE})
+    starts.append({"step": folder.last_checkpoint} | {key: facts[key] for key in _MACHINE})
     folder.write(
         variant=variant.name,
         seed=folder.run.seed,
@@ -113,7 +118,9 @@ def _start(study: Study, folder: RunFolder, place: Gpus, facts: dict, lock: int)
         n=variant.flags.get("vwn-n"),
         state="running",
         command=shlex.join(["torchrun", *launch(flags, study.ranks)[3:]]),
-        started=folder.record.get("started") or time.strftime("%Y-%m-%d %H:%M:%S"),
+        data=token_files(folder.run),
+        started=record.get("started") or time.strftime("%Y-%m-%d %H:%M:%S"),
+        starts=starts,
         **facts,
     )
     return Child(flags, study.ranks, folder.log, place, keep_open=(lock,))

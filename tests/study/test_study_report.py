@@ -21,7 +21,8 @@ from megatron_vwn.study.report.curves import Curve, estimate, spread
 from megatron_vwn.study.report.events import LoggedRun, find_runs, split_seed
 from megatron_vwn.study.report.families import families, fit_families
 from megatron_vwn.study.report.fit import fit_widths
-from megatron_vwn.study.report.growth import SHARES, at_shares, change
+from megatron_vwn.study.report.growth import SHARES, at_shares, change, constant_until
+from megatron_vwn.study.report.routing import routings
 
 WIDTHS = (1, 2, 4, 8)
 # By seed: an offset of all its losses, and how much its gain per doubling differs from 0.25.
@@ -147,6 +148,15 @@ def test_a_line_is_made_of_variants_that_differ_in_the_width_alone():
         ["r4-new"],
         ["other-new"],
     ]
+    # Of a study all flags are known: those that every one of these has, in any order.
+    for number, each in enumerate(projected):
+        flags = [["--lr", "0.1"], ["--vwn-n", str(2 * each.r)], ["--seed", str(number)], ["--swiglu"]]
+        each.first.record["flags"] = [word for group in flags[:: (-1) ** number] for word in group]
+    assert families(projected) == [["r2", "r4", "r8"]]
+    projected[1].first.record["flags"].remove("0.1")
+    assert families(projected) == [["r2", "r8"], ["r4"]]
+    for each in projected:
+        each.first.record.clear()
     plain = variant("r8-plain", 8, embedding="projected", linear="plain")
     assert families([*projected[:1], plain]) == [["r2"], ["r8-plain"]]
     # Routing at r = 1 is where the line of its family begins, not the baseline, which has none.
@@ -242,6 +252,18 @@ def test_runs_that_are_kept_give_the_same_report(known, tmp_path, capsys):
     assert "holds no run as vwn-study keep writes it (ValueError" in capsys.readouterr().err
     assert program.main(["keep", str(known), "--output", str(known / "kept")]) == 2
     assert "is where the runs are" in capsys.readouterr().err
+    # Nothing but what was kept before is replaced.
+    mine = tmp_path / "mine" / "wide4" / "seed-2" / "thesis.txt"
+    live = write_run(tmp_path / "live" / "wide4" / "seed-2" / "events", {"lm loss": falling(1.0)})
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for folder, said in (
+        (tmp_path / "mine", "is nothing that vwn-study keep wrote"),
+        (tmp_path / "live", "holds runs"),
+    ):
+        assert program.main(["keep", str(known), "--output", str(folder)]) == 2
+        assert said in capsys.readouterr().err
+    assert mine.read_text() == "mine" and live.exists()
 
 
 def test_what_is_kept_says_how_runs_failed_and_names_no_folder_of_the_machine(known, tmp_path, capsys):
@@ -288,12 +310,125 @@ def test_a_step_that_was_logged_twice_counts_once_with_its_last_value(tmp_path):
     folder = tmp_path / "runs" / "base" / "seed-1" / "events"
     write_run(folder, {"lm loss validation": falling(3.0, steps=200)}, megatron_arguments(1))
     later = tmp_path / "later"
-    resumed = write_run(later, {"lm loss validation": {s: v for s, v in falling(1.0).items() if s > 160}})
+    again = {s: v for s, v in falling(1.0).items() if s > 160}
+    resumed = write_run(later, {"lm loss": again, "lm loss validation": again})
     resumed.rename(folder / resumed.name.replace("tfevents.", "tfevents.9"))
     (run,) = find_runs([tmp_path / "runs"])
     assert run.scalars["lm loss validation"] == pytest.approx(
         {step: 5 - (3 if step <= 160 else 1) * step / STEPS for step in range(40, 401, 40)}
     )
+
+
+@pytest.mark.parametrize("steps", [STEPS, 2 * STEPS])
+def test_a_finished_run_that_was_started_again_keeps_its_regular_validation(tmp_path, steps):
+    """Every start ends with a validation on further samples; the second start here makes no step, or 400 more."""
+    folder, tag = tmp_path / "base", "lm loss validation"
+    first = write_run(folder, {"lm loss": falling(1.0), tag: falling(1.0)}, megatron_arguments(1))
+    on = {step: loss for step, loss in falling(1.0, steps=steps).items() if step > STEPS}
+    parts = [{tag: {STEPS: 4.7}}, {"lm loss": on, tag: on}, {tag: {steps: 4.9}}]
+    for number, scalars in enumerate(parts):
+        write_run(tmp_path / str(number), scalars, samples=False).rename(first.with_name(f"{first.name}.{number}"))
+    (run,) = find_runs([folder])
+    assert run.scalars[tag] == pytest.approx(falling(1.0, steps=steps))
+
+
+def test_a_noisy_baseline_is_no_faster_than_itself(tmp_path):
+    """It has its last loss, 4.0, after 320 of 400 steps; so has the same curve as a variant."""
+    losses = falling(1.0) | {320: 4.0, 360: 4.3}
+    for name, r in (("base-s1", 1), ("wide-s1", 2)):
+        write_run(tmp_path / "runs" / name, {"lm loss validation": losses, "lm loss": losses}, megatron_arguments(r))
+    here = compare(find_runs([tmp_path / "runs"]), None).results[0].compared["wide"]
+    assert here.reached == {1: 320 * TOKENS} and here.speedup.mean == 1
+
+
+def test_seeds_without_a_pair_are_left_out_and_fewer_seeds_are_said(known, tmp_path, capsys):
+    for seed in (1, 2):
+        (known / "base" / f"seed-{seed}").rename(tmp_path / f"base-{seed}")
+    (known / "wide8" / "seed-3").rename(tmp_path / "wide8-3")
+    (known / "wide4" / "seed-1").rename(tmp_path / "wide4-1")
+    comparison = compare(find_runs([known]), None)
+    here = comparison.results[0].compared
+    assert here["wide2"].speedup.count == 1 and here["wide2"].speedup.mean == pytest.approx(pace(2, 3), rel=1e-6)
+    assert here["wide8"].speedup is None and here["wide8"].gaps["tokens"] is None
+    assert program.main(["report", str(known)]) == 0
+    said = capsys.readouterr().out
+    assert "wide2/seed-1, wide2/seed-2, wide4/seed-2, wide8/seed-1, wide8/seed-2: base has no run of that seed" in said
+    text = (known / "report" / "report.md").read_text()
+    assert "wide8: no run has a seed of the baseline's, so that nothing is compared." in text
+    assert "of base 3, but of wide2 1 and 2 and 3, wide4 2 and 3, wide8 1 and 2; differences are of equal" in text
+
+    # A seed that never gets there is missing in a mean of ratios.
+    for seed in (1, 2):
+        (tmp_path / f"base-{seed}").rename(known / "base" / f"seed-{seed}")
+    slow = tmp_path / "runs" / "slow"
+    for seed, fall in ((1, 2.0), (2, 2.0), (3, 0.5)):
+        losses = falling(fall, 5 + SEEDS[seed][0])
+        write_run(slow / f"seed-{seed}", {"lm loss": losses, "lm loss validation": losses}, megatron_arguments(2))
+    assert program.main(["report", str(known)]) == 0
+    (row,) = re.findall(r"^\| slow \| 2 \| .*$", (known / "report" / "report.md").read_text(), re.MULTILINE)[:1]
+    assert row.startswith("| slow | 2 | 2.00 ± 0.00 (2 of 3 seeds) | - | ") and row.endswith(
+        " 2.00 ± 0.00 (2 of 3 seeds) |"
+    )
+
+
+def test_steps_behind_the_last_one_that_was_logged_have_their_tokens(tmp_path):
+    """With --tensorboard-log-interval 100 the last of 250 steps is behind the last count of samples."""
+    losses = falling(1.0, every=50, steps=250)
+    write_run(tmp_path / "base", {"lm loss": {100: 5.0, 200: 4.0}, "lm loss validation": losses}, megatron_arguments(1))
+    (run,) = find_runs([tmp_path / "base"])
+    assert run.tokens(np.array([50.0, 200.0, 250.0])).tolist() == [50 * TOKENS, 200 * TOKENS, 250 * TOKENS]
+
+
+def test_the_validation_set_that_was_validated_first_is_compared(tmp_path):
+    tags = {f"lm loss validation-{name}": falling(fall) for name, fall in (("wiki", 1.0), ("code", 2.0))}
+    write_run(tmp_path / "base", {"lm loss": falling(1.0)} | tags, megatron_arguments(1))
+    (run,) = find_runs([tmp_path / "base"])
+    assert run.scalars["lm loss validation"] == pytest.approx(falling(1.0))
+    assert run.notes == ["base: several validation sets; the first, wiki, is compared."]
+
+
+def test_times_of_other_flags_or_hardware_are_not_compared(known):
+    def time(name, flags, hardware="A"):
+        content = {"seconds_per_step": 9.0, "flags": flags, "hardware": {"name": hardware}}
+        (known / name / "timing.json").write_text(json.dumps(content))
+
+    for r in WIDTHS:
+        name = "base" if r == 1 else f"wide{r}"
+        time(name, ["--lr", "1"])
+        for seed in SEEDS:
+            record = {"flags": ["--lr", "1", "--seed", str(seed)]} | ({} if r == 1 else {"m": 2, "n": 2 * r})
+            (known / name / f"seed-{seed}" / "run.json").write_text(json.dumps(record))
+    clocks = lambda: {each.clock for each in compare(find_runs([known]), None).variants.values()}  # noqa: E731
+    assert clocks() == {"measured alone"}
+    time("wide4", ["--lr", "1"], "B")
+    assert clocks() == {"the runs' own clocks"}
+    assert "Variants were timed on different hardware" in compare(find_runs([known]), None).notes[0]
+    time("wide4", ["--lr", "2"])
+    assert clocks() == {"the runs' own clocks"}
+    assert compare(find_runs([known]), None).notes[0].startswith("wide4: timing.json is of other flags and not used")
+
+
+def test_what_is_wrong_with_training_losses_is_said_where_nothing_was_validated(tmp_path):
+    for name, r, losses in (
+        ("base-s1", 1, falling(1.0, every=1)),
+        ("wide-s1", 2, falling(2.0, every=1, steps=200) | {300: math.nan, 310: math.nan}),
+    ):
+        write_run(tmp_path / "runs" / name, {"lm loss": losses}, megatron_arguments(r))
+    notes = compare(find_runs([tmp_path / "runs"]), None).notes
+    assert notes[0] == "wide-s1: 'lm loss' is not finite at 2 points, first at step 300; left out."
+    assert notes[1].startswith("wide-s1: shorter than the baseline")
+
+
+def test_routing_at_the_end_is_that_of_runs_at_their_end(known):
+    for seed, end in ((1, STEPS), (2, 40)):
+        values = {step: 10.0 if step == STEPS else 1.0 for step in (20, 40, STEPS) if step <= end}
+        tags = {f"vwn/independent_segments/{what}": values for what in ("mean", "min", "max")}
+        tags |= {"vwn/effective_segments/mean": {step: 4 * value for step, value in values.items()}}
+        tags |= {"vwn_layers/depth_window/layer_002": values, "lm loss validation": falling(2.0, steps=end)}
+        folder = known / "wide16" / f"seed-{seed}"
+        write_run(folder, tags | {"lm loss": falling(2.0, steps=end)}, megatron_arguments(16))
+    (found,) = routings(compare(find_runs([known]), None)).values()
+    assert (found.independent.final, found.effective, found.window) == (10, 40, 10)
 
 
 def test_the_loss_on_a_test_set_is_not_taken_for_the_last_validation(tmp_path):
@@ -386,8 +521,17 @@ def test_folders_that_make_no_report_are_refused(tmp_path, capsys):
     assert "would both be" in refusal(capsys, *_twice(tmp_path))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    assert "is no report: give another --output" in refusal(capsys, runs, "--output", tmp_path / "mine")
-    assert not (runs / "report").exists() and (tmp_path / "mine" / "thesis.txt").exists()
+    assert "holds thesis.txt, which no report wrote" in refusal(capsys, runs, "--output", tmp_path / "mine")
+    (tmp_path / "mine" / "report.md").write_text("mine, too")
+    assert "holds thesis.txt, which no report wrote" in refusal(capsys, runs, "--output", tmp_path / "mine")
+    (tmp_path / "mine" / "thesis.txt").rename(tmp_path / "mine" / "figure.png")
+    assert "holds figure.png, which no report wrote" in refusal(capsys, runs, "--output", tmp_path / "mine")
+    assert not (runs / "report").exists() and (tmp_path / "mine" / "figure.png").exists()
+    for name, key, value in (("run.json", "tokens_per_step", "x"), ("run.json", "commit", "abc")):
+        (runs / "wide" / name).write_text(json.dumps({key: value}))
+        assert f"has {key}: '{value}', which vwn-study did not write: delete it." in refusal(capsys, runs)
+    (runs / "wide" / "run.json").write_text("[1]")
+    assert "run.json holds no JSON object" in refusal(capsys, runs)
 
 
 def test_a_report_without_its_extra_says_what_to_install(tmp_path):
@@ -420,7 +564,7 @@ def test_a_report_that_fails_leaves_the_old_one_and_nothing_half_written(known, 
 def test_an_advantage_that_grows_is_followed_to_the_decay_of_the_learning_rate(tmp_path, capsys):
     """The baseline falls in a line; the variant t times faster after t, until 300 of 400 steps."""
     steps = range(20, STEPS + 1, 20)
-    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": "100", "train_iters": str(STEPS)}
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": "100", "train_iters": str(STEPS), "lr_decay_iters": "None"}
     for name, r, losses in (
         ("base", 1, {step: 5 - step / 400 for step in steps}),
         ("wide4", 4, {step: 5 - step / 400 * (1 + step / 800) for step in steps}),
@@ -430,6 +574,9 @@ def test_an_advantage_that_grows_is_followed_to_the_decay_of_the_learning_rate(t
         write_run(tmp_path / "runs" / name / "seed-1" / "events", scalars, megatron_arguments(r) | wsd)
     (validation,) = compare(find_runs([tmp_path / "runs"]), None).results
     assert validation.constant_until == 300 * TOKENS
+    (base,) = (run for run in find_runs([tmp_path / "runs"]) if run.r == 1)
+    base.arguments["lr_decay_iters"] = "250"
+    assert constant_until(base) == 150 * TOKENS
     here = validation.compared["wide4"]
     # t = x (1 + x / 800): x = 400 (sqrt(1 + t / 200) - 1), read off a curve with a point every 20 steps.
     expected = {share: t / (400 * (math.sqrt(1 + t / 200) - 1)) for share in SHARES for t in [share * STEPS]}

@@ -169,10 +169,27 @@ def test_refused_and_failing_runs_do_not_stop_the_others(tmp_path, capfd, traine
     done = contents(out / "base")
     assert program.main(["run", str(path), "--no-timing", "--output", str(out)]) == 1
     assert contents(out / "base") == done
+    starts = {name: json.loads((out / name / "seed-1" / "run.json").read_text())["starts"] for name in variants}
+    assert {name: [start["step"] for start in each] for name, each in starts.items()} == {
+        "refused": [0, 0], "failing": [0, 0], "short": [0, 3], "base": [0],
+    }  # fmt: skip
+    assert all(start.keys() == {"step", "hardware", "versions", "commit"} for start in starts["short"])
     # And what is done stays what it was.
     write(tmp_path, variants | {"base": {"lr": 1.0}})
     assert program.main(["run", str(path), "--no-timing", "--output", str(out)]) == 2
     assert "base/seed-1 was started with other flags (0.01 before, 1.0 now)" in capfd.readouterr().err
+
+
+def test_data_that_was_made_anew_is_refused(tmp_path, capfd, trained_by_script):
+    prefix, out = tmp_path / "text", tmp_path / "out"
+    for end in ("bin", "idx"):
+        Path(f"{prefix}.{end}").write_bytes(b"1234")
+    path = write(tmp_path, {"base": None}, **{"data-path": [0.5, str(prefix)]})
+    for code, tokens in ((0, b"1234"), (0, b"4321"), (2, b"12345")):
+        Path(f"{prefix}.bin").write_bytes(tokens)
+        assert program.main(["run", str(path), "--no-timing", "--output", str(out)]) == code
+    said = capfd.readouterr().err
+    assert "was started with other data (bytes before: {'" in said and "text': 4}, now: {'" in said
 
 
 def test_a_step_is_timed_alone_without_the_first_steps_in_the_faster_round(
@@ -199,6 +216,8 @@ def test_a_step_is_timed_alone_without_the_first_steps_in_the_faster_round(
     # What is measured is not measured again; nothing of the short runs is left.
     assert program.main(["time", str(path), "--output", str(out)]) == 0
     assert sorted(each.name for each in (out / "base").iterdir()) == ["timing.json"]
+    # A report states the command that trained.
+    assert "command" not in json.loads((out / "study.json").read_text())
 
 
 def test_ending_a_study_ends_its_trainings(tmp_path, capfd, trained_by_script, monkeypatch):

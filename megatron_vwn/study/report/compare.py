@@ -3,8 +3,9 @@
 Seeds are paired: what a seed does to the data's order and to the backbone's first weights, it does to all variants.
 """
 
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,8 +79,9 @@ class Compared:
     Attributes:
         losses: by axis, by seed: the loss at the baseline's budget; None where the run ends before it.
         gaps: by axis: loss minus the baseline's final loss, of pairs of equal seeds.
-        reached: by seed, tokens to the baseline's final loss; None where it is not reached.
-        speedup: the baseline's tokens over these, of the seeds that reach it.
+        reached: by seed of a pair, tokens after which the baseline's final loss is first reached; None where it is not.
+        ratios: by seed, the baseline's own ``reached`` over these: a noisy curve is at its last loss before its end.
+        speedup: their mean.
         growth: by seed, the same ratio all along the baseline's training (see ``growth``).
         constant_gap: loss minus the baseline's where its learning rate begins to decay; None if it never was constant.
     """
@@ -87,6 +89,7 @@ class Compared:
     losses: dict[str, dict[Seed, float | None]] = field(default_factory=dict)
     gaps: dict[str, Estimate | None] = field(default_factory=dict)
     reached: dict[Seed, float | None] = field(default_factory=dict)
+    ratios: dict[Seed, float] = field(default_factory=dict)
     speedup: Estimate | None = None
     growth: dict[Seed, Curve] = field(default_factory=dict)
     constant_gap: Estimate | None = None
@@ -98,6 +101,12 @@ class Compared:
     def loss(self, axis: str) -> Estimate | None:
         """The mean loss of the seeds that reach the budget."""
         return estimate(list(self.reached_losses(axis).values()))
+
+    @property
+    def pairs(self) -> int:
+        """Seeds whose speed-up is known or will not be any more."""
+        ended = self.losses.get("tokens", {})
+        return sum(x is not None or ended.get(seed) is not None for seed, x in self.reached.items())
 
 
 @dataclass
@@ -160,7 +169,7 @@ def compare(runs: Sequence[LoggedRun], baseline: str | None, order: Sequence[str
     Raises:
         VirtualWidthError: no scalars, no baseline, or none of its runs has a loss that can be compared.
     """
-    notes = [note for run in runs for note in run.notes]
+    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     variants = _group([run for run in runs if run.scalars], order)
     if not variants:
         raise VirtualWidthError("the event files hold no scalars at all: give folders of runs that have made steps.")
@@ -170,15 +179,19 @@ def compare(runs: Sequence[LoggedRun], baseline: str | None, order: Sequence[str
     if unknown := [run.name for each in variants.values() for run in each.runs.values() if not run.tokens_per_step]:
         unit = "steps"
         notes.append(f"Tokens of a step are unknown of {', '.join(unknown)}: steps stand for tokens everywhere.")
-    # Clocks of different kinds are not compared.
-    alone = all(each.first.timing.get("seconds_per_step") for each in variants.values())
+    if unpaired := [run.name for each in variants.values() for run in _unpaired(each, variants[name])]:
+        notes.append(
+            f"{', '.join(unpaired)}: {name} has no run of that seed, so that nothing is compared; a name that ends in "
+            "seed-N says the seed."
+        )
+    alone = _timed_alike(variants.values(), notes)
     for each in variants.values():
         _cost(each, unit, alone=alone)
     results = []
     for metric in METRICS:
         if metric is METRICS[2] and results and results[0].metric is METRICS[0]:
             break  # the loss of training is of interest only where nothing was validated
-        result = _compare_metric(metric, variants, name, unit, notes)
+        result = _compare_metric(metric, variants, name, unit, notes, first=not results)
         if result:
             results.append(result)
     if not any(result.metric.tag != _SECOND for result in results):
@@ -217,6 +230,22 @@ def _baseline_name(variants: Mapping[str, Variant], asked: str | None) -> str:
     return plain[0]
 
 
+def _unpaired(variant: Variant, baseline: Variant) -> list[LoggedRun]:
+    return [run for seed, run in variant.runs.items() if seed not in baseline.runs]
+
+
+def _timed_alike(variants: Collection[Variant], notes: list[str]) -> bool:
+    """Whether all were timed alone, with their own flags and on the same hardware; other clocks are not compared."""
+    timed = [each for each in variants if each.first.timing.get("seconds_per_step")]
+    stale = [each.name for each in timed if each.first.timed_otherwise]
+    if stale:
+        notes.append(f"{', '.join(stale)}: timing.json is of other flags and not used; vwn-study time makes it anew.")
+    machines = {json.dumps(each.first.timing.get("hardware"), sort_keys=True) for each in timed}
+    if len(machines) > 1:
+        notes.append("Variants were timed on different hardware, so these times are not used.")
+    return not stale and len(machines) == 1 and len(timed) == len(variants)
+
+
 def _cost(variant: Variant, unit: str, *, alone: bool) -> None:
     """Seconds and FLOPs of one x."""
     run = variant.first
@@ -232,9 +261,11 @@ def _cost(variant: Variant, unit: str, *, alone: bool) -> None:
         variant.flops_per_token = flops * run.tokens_per_step / per_step
 
 
-def _curve(run: LoggedRun, tag: str, unit: str) -> Curve | None:
-    points = sorted(run.scalars.get(tag, {}).items())
-    points = [(step, value) for step, value in points if np.isfinite(value)]
+def _curve(run: LoggedRun, tag: str, unit: str, notes: list[str]) -> Curve | None:
+    logged = sorted(run.scalars.get(tag, {}).items())
+    points = [(step, value) for step, value in logged if np.isfinite(value)]
+    if lost := [step for step, value in logged if not np.isfinite(value)]:
+        notes.append(f"{run.name}: {tag!r} is not finite at {len(lost)} points, first at step {lost[0]}; left out.")
     if not points:
         return None
     steps, values = (np.array(each, dtype=float) for each in zip(*points, strict=True))
@@ -242,12 +273,12 @@ def _curve(run: LoggedRun, tag: str, unit: str) -> Curve | None:
 
 
 def _compare_metric(
-    metric: Metric, variants: Mapping[str, Variant], baseline: str, unit: str, notes: list[str]
+    metric: Metric, variants: Mapping[str, Variant], baseline: str, unit: str, notes: list[str], *, first: bool
 ) -> MetricResult | None:
     curves: dict[str, dict[Seed, Curve]] = {}
     lacking = []
     for name, variant in variants.items():
-        found = {seed: _curve(run, metric.tag, unit) for seed, run in variant.runs.items()}
+        found = {seed: _curve(run, metric.tag, unit, notes) for seed, run in variant.runs.items()}
         lacking += [variant.runs[seed].name for seed, curve in found.items() if curve is None]
         curves[name] = {seed: curve for seed, curve in found.items() if curve is not None}
     if not any(curves.values()):
@@ -265,7 +296,8 @@ def _compare_metric(
     if metric.smoothed:
         window = SMOOTHING * budget
         curves = {name: {seed: each.smooth(window) for seed, each in seeds.items()} for name, seeds in curves.items()}
-    compared = _against(curves, variants, baseline, budget, notes if metric is METRICS[0] else [])
+    # What is too short is so in all metrics: said once.
+    compared = _against(curves, variants, baseline, budget, notes if first else [])
     fits = {
         axis: fit_families({name: each.reached_losses(axis) for name, each in compared.items()}, variants, baseline)
         for axis in AXES
@@ -307,10 +339,12 @@ def _against(
             here.gaps[axis] = _gap(here.losses[axis], finals)
         if name != baseline:
             short += [variant.runs[seed].name for seed, loss in here.losses["tokens"].items() if loss is None]
-        mean = float(np.mean(list(finals.values())))
-        for seed, curve in seeds.items():
-            here.reached[seed] = curve.reach(finals.get(seed, mean))
-        here.speedup = estimate([budget / x for x in here.reached.values() if x is not None])
+        for seed, loss in finals.items():
+            if seed in seeds:
+                here.reached[seed] = x = seeds[seed].reach(loss)
+                if x is not None:
+                    here.ratios[seed] = curves[baseline][seed].reach(loss) / x
+        here.speedup = estimate(list(here.ratios.values()))
         compared[name] = here
     if short:
         notes.append(
@@ -330,8 +364,4 @@ def _x_of_budget(axis: str, budget: float, plain: Variant, variant: Variant) -> 
 
 
 def _gap(losses: Mapping[Seed, float | None], finals: Mapping[Seed, float]) -> Estimate | None:
-    pairs = [loss - finals[seed] for seed, loss in losses.items() if loss is not None and seed in finals]
-    if pairs:
-        return estimate(pairs)
-    known = [loss for loss in losses.values() if loss is not None]
-    return estimate([float(np.mean(known) - np.mean(list(finals.values())))]) if known and finals else None
+    return estimate([loss - finals[seed] for seed, loss in losses.items() if loss is not None and seed in finals])

@@ -84,10 +84,12 @@ class Estimate:
     Attributes:
         mean: of the values.
         half: half of the 95 % confidence interval (Student's t); None for one value.
+        count: how many values.
     """
 
     mean: float
     half: float | None
+    count: int
 
     @property
     def clear(self) -> bool:
@@ -100,7 +102,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     if not len(values):
         return None
     array = np.asarray(values, dtype=float)
-    return Estimate(float(array.mean()), half_interval(array))
+    return Estimate(float(array.mean()), half_interval(array), len(array))
 
 
 def half_interval(values: np.ndarray, axis: int = 0) -> float | np.ndarray | None:

@@ -3,26 +3,27 @@
 A folder may have what ``keep`` made of them instead: scalars in ``KEPT``, the rest in ``KEPT_FACTS``.
 """
 
+import bisect
 import csv
 import logging
 import os
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.folder import RECORD, TIMING, read_json
 
-VALIDATION = "lm loss validation"
+VALIDATION, _TRAINING = "lm loss validation", "lm loss"
 KEPT, KEPT_FACTS = "scalars.csv", "facts.json"
 _CLOCK = "iteration-time"
-_FILES = "events.out.tfevents*"
+EVENTS = "events.out.tfevents*"
 # Megatron logs every argument as a text of this tag.
 _TEXT = "/text_summary"
 _SEED = re.compile(r"^(?:(.*?)[-_/])?s(?:eed[-_]?)?(\d+)$")
@@ -75,7 +76,9 @@ class LoggedRun:
         length = _number(self.arguments.get("seq_length"))
         if length and self.samples:
             known = sorted(self.samples)
-            return length * np.interp(steps, [0, *known], [0, *(self.samples[step] for step in known)])
+            # Steps behind the last that was logged (--tensorboard-log-interval) go on as it did.
+            behind = np.maximum(steps - known[-1], 0) * (self.tokens_per_step or 0)
+            return length * np.interp(steps, [0, *known], [0, *(self.samples[step] for step in known)]) + behind
         return None if self.tokens_per_step is None else steps * self.tokens_per_step
 
     @property
@@ -95,6 +98,14 @@ class LoggedRun:
         return float(found[1]) if found else None
 
     @property
+    def timed_otherwise(self) -> bool:
+        """Whether ``timing`` is of other flags than the run's."""
+        timed, flags = self.timing.get("flags"), self.record.get("flags")
+        if timed is None or flags is None:
+            return False
+        return timed != (flags[:-2] if flags[-2:-1] == ["--seed"] else flags)
+
+    @property
     def seconds_per_step(self) -> float | None:
         """Median of the run's own clock, which runs beside it may have slowed down."""
         times = list(self.scalars.get(_CLOCK, {}).values())
@@ -111,7 +122,7 @@ def find_runs(folders: list[Path]) -> list[LoggedRun]:
     for folder in folders:
         if not folder.is_dir():
             raise VirtualWidthError(f"{folder} is no folder: give folders with event files of Megatron.")
-        files = [*folder.rglob(_FILES), *folder.rglob(KEPT)]
+        files = [*folder.rglob(EVENTS), *folder.rglob(KEPT)]
         found = {path.parent for path in files if not _hidden(path.relative_to(folder))}
         if not found:
             raise VirtualWidthError(f"{folder} holds no event files: give the folder of a run's --tensorboard-dir.")
@@ -127,7 +138,7 @@ def find_runs(folders: list[Path]) -> list[LoggedRun]:
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """All scalars of a folder, by tag; a step that was logged twice has its last value."""
-    return {tag: dict(pairs) for tag, pairs in _scalars(_accumulate(folder)).items()}
+    return {tag: dict(_pairs(logged)) for tag, logged in _logged(_accumulate(folder)).items()}
 
 
 def split_seed(name: str) -> tuple[str, int | None]:
@@ -151,11 +162,13 @@ def _read_run(path: Path, name: str) -> LoggedRun:
     if (path / KEPT).exists():
         return _read_kept(path, name)
     events = _accumulate(path)
-    scalars, arguments = _scalars(events), _arguments(events)
-    scalars = _with_validation(scalars)
-    # Behind the last regular validation, under its tag and step: one more on further samples, and the test set's.
-    for _ in range(1 + (arguments.get("do_test") in ("1", "True"))):
-        scalars |= {tag: _without_second(pairs) for tag, pairs in scalars.items() if tag.endswith(" validation")}
+    logged, arguments = _logged(events), _arguments(events)
+    sets = _validation_sets(logged)
+    if sets and VALIDATION not in logged:
+        logged[VALIDATION] = logged[sets[0]]
+    trained = sorted(event.wall_time for event in logged.get(_TRAINING, ()))
+    logged |= {tag: _regular(each, trained) for tag, each in logged.items() if tag.endswith(" validation")}
+    scalars = {tag: _pairs(each) for tag, each in logged.items()}
     variant, seed = split_seed(name)
     root = path.parent if path.name == "events" else path
     run = LoggedRun(
@@ -168,13 +181,14 @@ def _read_run(path: Path, name: str) -> LoggedRun:
         timing=read_json(root.parent / TIMING),
         samples=_samples(scalars),
     )
-    for file in sorted(path.glob(_FILES)):
+    for file in sorted(path.glob(EVENTS)):
         if surplus := _bytes_after_last_record(file):
             run.notes.append(
                 f"{name}: {file.name} is cut in its last record ({surplus} bytes); what is before it is used."
             )
-    if f"{VALIDATION}-1" in scalars:
-        run.notes.append(f"{name}: several validation sets; the first is compared.")
+    if len(sets) > 1:
+        first = sets[0].removeprefix(f"{VALIDATION}-")
+        run.notes.append(f"{name}: several validation sets; the first, {first}, is compared.")
     if not run.scalars:
         run.notes.append(f"{name}: its event files hold no scalars; it is left out.")
     return run
@@ -211,27 +225,35 @@ def _accumulate(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
 
 
-def _scalars(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
-    """By tag, (step, value) in the order of writing."""
-    by_tag = {}
-    for tag in events.Tags()["scalars"]:
-        logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
-        by_tag[tag] = [(event.step, event.value) for event in logged]
-    return by_tag
+def _logged(events: EventAccumulator) -> dict[str, list[ScalarEvent]]:
+    """By tag, in the order of writing."""
+    return {tag: sorted(events.Scalars(tag), key=lambda event: event.wall_time) for tag in events.Tags()["scalars"]}
 
 
-def _with_validation(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    """With --multiple-validation-sets a tag ends in the set's name or number: the first set is the one compared."""
-    several = [tag for tag in scalars if tag.startswith(f"{VALIDATION}-") and not tag.endswith(" vs samples")]
-    if VALIDATION in scalars or not several:
-        return scalars
-    return scalars | {VALIDATION: scalars[min(several)]}
+def _pairs(logged: Sequence[ScalarEvent]) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in logged]
 
 
-def _without_second(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Without the last value, if the value before it is of the same step."""
-    twice = len(pairs) > 1 and pairs[-1][0] == pairs[-2][0]
-    return pairs[:-1] if twice else pairs
+def _validation_sets(logged: dict[str, list[ScalarEvent]]) -> list[str]:
+    """With --multiple-validation-sets a tag ends in the set's name or number; the first that was validated is first."""
+    several = [tag for tag in logged if tag.startswith(f"{VALIDATION}-") and not tag.endswith(" vs samples")]
+    return sorted(several, key=lambda tag: logged[tag][0].wall_time)
+
+
+def _regular(validations: Sequence[ScalarEvent], trained: Sequence[float]) -> list[ScalarEvent]:
+    """Without those that follow another of the same step with no training in between.
+
+    At the end of every start Megatron validates once more on further samples, and then on the test set, under the same
+    tag and step. A resumed run that repeats a step has trained before it.
+    """
+    kept: list[ScalarEvent] = []
+    for event in validations:
+        if kept and event.step == kept[-1].step:
+            before, until = (bisect.bisect_right(trained, each.wall_time) for each in (kept[-1], event))
+            if before == until:
+                continue
+        kept.append(event)
+    return kept
 
 
 def _samples(scalars: dict[str, list[tuple[int, float]]]) -> Curve:

@@ -20,6 +20,8 @@ _SHARED = tuple(
     f"vwn_{field.name}" for field in fields(VirtualWidthConfig) if field.name not in (*OF_THE_RUN, "n", "reduce_norm")
 )
 
+_NO_FAMILY = {"--seed", "--vwn-n", "--vwn-reduce-norm", "--no-vwn-reduce-norm"}
+
 
 def fit_families(
     losses: Mapping[str, Mapping[int | None, float]], variants: Mapping[str, Variant], baseline: str
@@ -50,7 +52,7 @@ def families(variants: Sequence[Variant]) -> list[list[str]]:
     width where nothing is said, so that it is no part of the settings), and after it their names without the width.
     """
     keys: list[Callable[[Variant], object]] = [
-        lambda each: tuple(each.first.arguments.get(key, "") for key in _SHARED),
+        lambda each: (_flags(each), *(each.first.arguments.get(key, "") for key in _SHARED)),
         lambda each: each.first.arguments.get("vwn_reduce_norm", ""),
         lambda each: R_IN_NAME.sub("", each.name),
     ]
@@ -58,6 +60,17 @@ def families(variants: Sequence[Variant]) -> list[list[str]]:
     for index, key in enumerate(keys):
         groups = [part for group in groups for part in (_split(group, key) if not index or _twice(group) else [group])]
     return [[each.name for each in group] for group in groups if not _twice(group)]
+
+
+def _flags(variant: Variant) -> frozenset[tuple[str, ...]]:
+    """Of a study's run, every flag with its values but the seed and those that make no family."""
+    groups: list[tuple[str, ...]] = []
+    for word in variant.first.record.get("flags", ()):
+        if word.startswith("--"):
+            groups.append((word,))
+        elif groups:
+            groups[-1] += (word,)
+    return frozenset(group for group in groups if group[0] not in _NO_FAMILY)
 
 
 def _split(group: Sequence[Variant], key: Callable[[Variant], object]) -> list[list[Variant]]:

@@ -16,7 +16,7 @@ Seed = int | None
 # Of the baseline's training; what is read there is in the report's first table.
 SHARES = (0.25, 0.5, 0.75, 1.0)
 # Megatron's arguments that say when the learning rate begins to decay.
-SCHEDULE = ("lr_decay_style", "train_iters", "lr_wsd_decay_iters")
+SCHEDULE = ("lr_decay_style", "train_iters", "lr_decay_iters", "lr_wsd_decay_iters")
 
 
 def ratios(baseline: Mapping[Seed, Curve], variant: Mapping[Seed, Curve]) -> dict[Seed, Curve]:
@@ -64,12 +64,13 @@ def change(curves: Mapping[Seed, Curve], begin: float, end: float) -> Estimate |
 
 def constant_until(run: LoggedRun) -> float | None:
     """The tokens after which a learning rate that had been constant decays (--lr-decay-style WSD); None of others."""
-    style, *values = (run.arguments.get(name) for name in SCHEDULE)
-    if style != "WSD" or not all(value and value.isdecimal() for value in values):
+    style, steps, end, decaying = (run.arguments.get(name, "") for name in SCHEDULE)
+    # Without --lr-decay-iters the schedule ends with the training.
+    end = end if end.isdecimal() else steps
+    if style != "WSD" or not (end.isdecimal() and decaying.isdecimal()) or int(decaying) >= int(end):
         return None
-    steps, decaying = map(int, values)
-    tokens = run.tokens(np.array([float(steps - decaying)]))
-    return None if tokens is None or decaying >= steps else float(tokens[0])
+    tokens = run.tokens(np.array([float(int(end) - int(decaying))]))
+    return None if tokens is None else float(tokens[0])
 
 
 def _falling(curve: Curve) -> list[tuple[float, float]]:

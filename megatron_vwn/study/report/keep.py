@@ -20,7 +20,7 @@ from megatron_vwn.atomic import atomic_folder, write_json
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.folder import RECORD, STUDY, TIMING, read_json
 from megatron_vwn.study.report.compare import METRICS, TRAINING
-from megatron_vwn.study.report.events import KEPT, KEPT_FACTS, VALIDATION, Curve, LoggedRun, find_runs
+from megatron_vwn.study.report.events import EVENTS, KEPT, KEPT_FACTS, VALIDATION, Curve, LoggedRun, find_runs
 from megatron_vwn.study.report.growth import SCHEDULE
 from megatron_vwn.study.report.routing import TAGS
 
@@ -45,6 +45,8 @@ def keep(folder: Path, output: Path) -> list[str]:
     """
     if output.resolve() == folder.resolve() or folder.resolve() in output.resolve().parents:
         raise VirtualWidthError(f"{output} is where the runs are: give an --output beside {folder}.")
+    if live := next(output.rglob(EVENTS), None):
+        raise VirtualWidthError(f"{output} holds runs themselves ({live}): give an --output of kept runs alone.")
     kept, study = 0, read_json(folder / STUDY)
     # Also those that ended before they wrote an event file.
     names = [f"{variant}/seed-{seed}" for variant in study.get("variants", ()) for seed in study.get("seeds", ())]
@@ -53,6 +55,7 @@ def keep(folder: Path, output: Path) -> list[str]:
         for run in find_runs([folder]):
             records[run.name] = run.record
             if _is_done(run.record):
+                _check_target(output / run.name)
                 _write(run, output / run.name)
                 kept += 1
                 if run.timing:
@@ -78,6 +81,13 @@ def keep(folder: Path, output: Path) -> list[str]:
 def _is_done(record: Mapping) -> bool:
     """Runs of others have no record, and are taken as they are."""
     return record.get("state", "done") == "done"
+
+
+def _check_target(folder: Path) -> None:
+    """Refuse to replace what ``keep`` did not write."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name not in (KEPT, KEPT_FACTS, RECORD):
+            raise VirtualWidthError(f"{path} is nothing that vwn-study keep wrote: move it or give another --output.")
 
 
 def _write(run: LoggedRun, folder: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from megatron_vwn.study.report.compare import AXES, Comparison, MetricResult
+from megatron_vwn.study.report.compare import AXES, METRICS, Comparison, MetricResult
 from megatron_vwn.study.report.curves import Curve, difference, spread
 from megatron_vwn.study.report.fit import Fit
 from megatron_vwn.study.report.routing import Routing
@@ -33,6 +33,8 @@ _SETTINGS = {
     "svg.hashsalt": "vwn-study",
     "figure.dpi": 130,
 }
+_KINDS = ("loss", "gap", "growth", "width", "budgets")
+NAMES = {f"{metric.key}-{kind}" for metric in METRICS for kind in _KINDS} | {"speedup", "routing"}
 # What the beginning of training looks like is no question of a study.
 _SHOWN_FROM = 0.25
 
@@ -296,10 +298,10 @@ def _speedups(comparison: Comparison) -> Figure | None:
             y = place + (index - (len(results) - 1) / 2) * height
             label = result.metric.title if place == 0 else None
             axes.barh(y, here.speedup.mean, height=0.92 * height, color=_COLOURS[index], alpha=0.55, label=label)
-            each = [result.budget / x for x in here.reached.values() if x is not None]
+            each = list(here.ratios.values())
             axes.plot(each, [y] * len(each), "o", color=_BASELINE, markersize=3.5, alpha=0.8)
     _names_down(axes, names, 1)
-    axes.set_xlabel(f"{comparison.unit} of the baseline over {comparison.unit} to its final loss")
+    axes.set_xlabel(f"{comparison.unit} of the baseline to its final loss over those of the variant")
     axes.set_title("Right of 1 is better; dots are seeds that reach it", loc="left")
     _legend(axes)
     return figure

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from megatron_vwn.study.report.compare import AXES, SMOOTHING, Compared, Comparison, Variant
 from megatron_vwn.study.report.curves import Estimate
 from megatron_vwn.study.report.events import LoggedRun
-from megatron_vwn.study.report.growth import SHARES, at_shares, change
+from megatron_vwn.study.report.growth import SHARES, Seed, at_shares, change
 from megatron_vwn.study.report.routing import Routing
 
 _NOTHING = "-"
@@ -45,7 +45,7 @@ def as_markdown(
     said = environment.get_template("report.md.j2").render(
         comparison=comparison,
         runs=runs,
-        records=[run.record for run in runs if run.record],
+        records=_starts(runs),
         routed=routed,
         plots=plots,
         study=study,
@@ -119,8 +119,6 @@ def _verdict(gap: Estimate) -> str:
 
 
 def _reached(here: Compared, unit: str) -> str:
-    reached = sum(x is not None for x in here.reached.values())
-    asked = sum(x is not None or here.losses["tokens"][seed] is not None for seed, x in here.reached.items())
     if here.speedup is None:
         return "the baseline's final loss is not reached"
     said = f"the baseline's final loss after {here.speedup.mean:.2f} times fewer {unit}"
@@ -128,11 +126,38 @@ def _reached(here: Compared, unit: str) -> str:
         said = f"the baseline's final loss after {1 / here.speedup.mean:.2f} times as many {unit}"
     if here.speedup.half is not None:
         said += f" (speed-up {here.speedup.mean:.2f}{_interval(here.speedup, 2)})"
-    return said + ("" if reached == asked else f", in {reached} of {asked} seeds")
+    return said + ("" if here.speedup.count == here.pairs else f", in {here.speedup.count} of {here.pairs} seeds")
 
 
-def _ratio(value: Estimate | None, sign: str = "") -> str:
-    return _NOTHING if value is None else f"{value.mean:{sign}.2f}{_interval(value, 2)}"
+def _ratio(value: Estimate | None, sign: str = "", pairs: int = 0) -> str:
+    """A ratio of tokens; fewer seeds than there are pairs are said, because those that never get there are missing."""
+    if value is None:
+        return _NOTHING
+    some = f" ({value.count} of {pairs} seeds)" if value.count < pairs else ""
+    return f"{value.mean:{sign}.2f}{_interval(value, 2)}{some}"
+
+
+def _other_seeds(comparison: Comparison) -> str:
+    """Which losses are means over other seeds than the baseline's, beside which they stand."""
+    compared = comparison.results[0].compared
+    seeds = {name: set(here.reached_losses("tokens")) for name, here in compared.items()}
+    plain = seeds[comparison.baseline]
+    lines = [f"{name} {_seeds(each)}" for name, each in seeds.items() if each and each != plain]
+    if not lines:
+        return ""
+    return (
+        f"Losses are means over the seeds that a variant has, of {comparison.baseline} {_seeds(plain)}, but of "
+        f"{', '.join(lines)}; differences are of equal seeds, so they are not those of these losses."
+    )
+
+
+def _seeds(seeds: Collection[Seed]) -> str:
+    return " and ".join(str(seed) for seed in sorted(seeds, key=lambda seed: (seed is None, seed)))
+
+
+def _starts(runs: Sequence[LoggedRun]) -> list[Mapping]:
+    """Hardware, versions and commit of every start of every run."""
+    return [start for run in runs if run.record for start in run.record.get("starts") or [run.record]]
 
 
 def _grows(comparison: Comparison) -> str:
@@ -206,7 +231,7 @@ def _commit(record: Mapping) -> str:
 
 
 def _clock(run: LoggedRun) -> str:
-    if not run.timing:
+    if not run.timing or run.timed_otherwise:
         return ""
     rounds = run.timing.get("rounds", [])
     return (
@@ -227,6 +252,7 @@ _FILTERS = {
     "losing": _losing,
     "milliseconds": _milliseconds,
     "number": _number,
+    "other_seeds": _other_seeds,
     "ratio": _ratio,
     "reached": _reached,
     "signed": _signed,

@@ -51,10 +51,11 @@ class Routing:
 
 
 def routings(comparison: Comparison) -> dict[str, Routing]:
-    """By name, of the variants whose every run was monitored."""
-    found = {}
-    for name, variant in comparison.variants.items():
-        runs = list(variant.runs.values())
+    """By name, of the variants whose every run was monitored; of unfinished runs where no run is at its end."""
+    found, first = {}, comparison.results[0]
+    for name in first.curves:
+        variant = comparison.variants[name]
+        runs = [variant.runs[seed] for seed in first.longest(name)]
         if all(f"vwn/{_INDEPENDENT}/mean" in run.scalars for run in runs) and variant.first.width:
             found[name] = _routing(runs, comparison.unit, variant.first.width[1])
     return found

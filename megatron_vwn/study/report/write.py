@@ -9,9 +9,14 @@ from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.study.folder import RECORD, STUDY, read_json
 from megatron_vwn.study.report.compare import AXES, Comparison, compare
 from megatron_vwn.study.report.events import LoggedRun, find_runs
-from megatron_vwn.study.report.plots import draw, draw_routing
+from megatron_vwn.study.report.plots import NAMES, draw, draw_routing
 from megatron_vwn.study.report.render import as_html, as_markdown
 from megatron_vwn.study.report.routing import routings
+
+# What may be in the folder of an older report, which is replaced.
+_WRITTEN = {"report.md", "report.html", "results.csv", "curves.csv"} | {
+    f"{name}.{end}" for name in NAMES for end in ("png", "svg")
+}
 
 
 def write_report(folders: Sequence[Path], output: Path, baseline: str | None, command: str) -> list[str]:
@@ -19,7 +24,7 @@ def write_report(folders: Sequence[Path], output: Path, baseline: str | None, co
 
     Args:
         folders: of a study, or any with event files below.
-        output: folder of the report.
+        output: folder of the report, of an older one, or empty.
         baseline: its name; None for a study's own, or the only variant without a virtual width.
         command: what is stated in the report.
 
@@ -29,8 +34,11 @@ def write_report(folders: Sequence[Path], output: Path, baseline: str | None, co
     Raises:
         VirtualWidthError: no runs, no baseline, nothing that can be compared, or no place for the report.
     """
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "report.md").exists())):
+    if output.exists() and not output.is_dir():
         raise VirtualWidthError(f"{output} is there and is no report: give another --output.")
+    for path in sorted(output.iterdir()) if output.exists() else ():
+        if path.is_dir() or path.name not in _WRITTEN:
+            raise VirtualWidthError(f"{output} holds {path.name}, which no report wrote: give another --output.")
     runs = find_runs(list(folders))
     study = read_json(folders[0] / STUDY) if len(folders) == 1 else {}
     comparison = compare(runs, baseline or study.get("baseline"), list(study.get("variants", ())))
