@@ -18,12 +18,18 @@ from megatron_vwn.atomic import publish, staging_folder
 from megatron_vwn.cli import exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.data.apart import call_apart
-from megatron_vwn.data.documents import Format, parse_separator, read_batches
+from megatron_vwn.data.documents import LONGEST_SEED, Format, parse_separator, read_batches
 from megatron_vwn.data.encode import EncoderSettings, encode_batches
 from megatron_vwn.data.files import find_corpus
 from megatron_vwn.data.indexed import Description, default_index_cache
 from megatron_vwn.data.tokenizer import load, save
-from megatron_vwn.data.train_tokenizer import MAX_WORD_BYTES, SMALLEST_VOCABULARY, Trained, train_tokenizer
+from megatron_vwn.data.train_tokenizer import (
+    LARGEST_VOCABULARY,
+    MAX_WORD_BYTES,
+    SMALLEST_VOCABULARY,
+    Trained,
+    train_tokenizer,
+)
 from megatron_vwn.data.writer import DatasetWriter
 
 PROGRAM = "vwn-prepare-data"
@@ -143,7 +149,14 @@ def _check_arguments(arguments: argparse.Namespace) -> Format:
             f"--train-tokenizer {arguments.train_tokenizer} is too small: 256 bytes and 2 special tokens need at least "
             f"{SMALLEST_VOCABULARY}."
         )
-    if not Path(arguments.output).name:
+    if arguments.train_tokenizer is not None and arguments.train_tokenizer > LARGEST_VOCABULARY:
+        raise VirtualWidthError(
+            f"--train-tokenizer {arguments.train_tokenizer} is too large: give at most {LARGEST_VOCABULARY}."
+        )
+    if len(str(arguments.seed)) > LONGEST_SEED:
+        raise VirtualWidthError(f"--seed {arguments.seed} is too long: give at most {LONGEST_SEED} digits.")
+    # The last part as it is typed: pathlib takes .. for a name, and data/ or data/. for data.
+    if os.path.basename(arguments.output) in ("", ".", ".."):
         raise VirtualWidthError(f"--output {arguments.output} is no prefix: end it with a name, as in data/corpus.")
     return Format(parse_separator(arguments.document_separator), arguments.json_key)
 

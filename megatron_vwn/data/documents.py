@@ -8,6 +8,8 @@ import codecs
 import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,16 @@ from megatron_vwn.data.files import JSON_LINES, PARQUET, TEXT, decompressed, kin
 
 # A document is held in memory whole; a corpus without separators must not be.
 MAX_DOCUMENT_BYTES = 1 << 28
+# The seed of the split is the key of a hash.
+LONGEST_SEED = hashlib.blake2b.MAX_KEY_SIZE
 _READ_BYTES = 1 << 20
 # One batch is one message to a worker: big enough to make its cost small, small enough to share a little corpus.
 _BATCH_BYTES = 1 << 18
 # Rows of a Parquet file that are decoded at once.
 _ROWS = 128
 _NAMED_KEYS = 10
+# A backslash with as much behind it as its kind of escape has, known or not.
+_ESCAPE = re.compile(r"\\(?:[0-7]{1,3}|x..|u.{4}|U.{8}|N\{[^}]*\}|.|$)", re.DOTALL)
 # What Python calls the values of JSON is not what JSON calls them.
 _JSON_NAMES = {float: "a number", bool: "true or false", list: "an array", dict: "an object", type(None): "null"}
 
@@ -48,8 +54,10 @@ def parse_separator(text: str) -> bytes:
         VirtualWidthError: for an unknown escape, or nothing.
     """
     try:
-        separator = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
-    except UnicodeError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the decoder only warns of an unknown letter, and keeps it
+            separator = _ESCAPE.sub(lambda escape: escape[0].encode("ascii").decode("unicode_escape"), text).encode()
+    except (UnicodeError, Warning):
         raise VirtualWidthError(
             f"--document-separator {text} has an unknown escape: write a backslash as two."
         ) from None

@@ -11,6 +11,8 @@ from megatron_vwn.data.documents import Format, is_held_out, read_batches
 from megatron_vwn.data.tokenizer import END_OF_DOCUMENT, PADDING
 
 SMALLEST_VOCABULARY = 256 + 2
+# The library makes room for as many tokens as are asked for: these, more than any tokenizer has, cost 33 MB.
+LARGEST_VOCABULARY = 1 << 24
 # The time of training grows with the square of the length of a word: hours for a file without a blank.
 MAX_WORD_BYTES = 1000
 # No character has more than 4 bytes, so shorter runs hold no word that is too long.

@@ -237,13 +237,21 @@ REFUSALS = {
     "short xz": ("a.txt.xz", lzma.compress(os.urandom(9999).hex().encode())[:-99], [], "a.txt.xz cannot be decompr"),
     "short bz2": ("a.txt.bz2", bz2.compress(os.urandom(9999).hex().encode())[:-99], [], "a.txt.bz2 cannot be decompr"),
     "small vocabulary": ("a.txt", b"text", ["--train-tokenizer", "257"], "need at least 258"),
+    "large vocabulary": ("a.txt", b"text", ["--train-tokenizer", "9" * 21], "is too large: give at most 16777216"),
+    "long seed": ("a.txt", b"text", ["--seed", "9" * 65], "is too long: give at most 64 digits"),
     "no tokenizer": ("a.txt", b"text", ["--tokenizer", "."], ". has no tokenizer.json"),
     "no validation": ("a.txt", b"text", ["--validation-fraction", "0.001"], "none of 1 documents fell to validation"),
     "no training": ("a.txt", b"text", ["--validation-fraction", "0.999"], "none of 1 documents fell to training"),
     "fraction": ("a.txt", b"text", ["--validation-fraction", "1"], "--validation-fraction is 1.0"),
     "separator": ("a.txt", b"text", ["--document-separator", ""], "--document-separator is empty"),
-    "escape": ("a.txt", b"text", ["--document-separator", "\\x"], "has an unknown escape"),
-    "no prefix": ("a.txt", b"text", ["--output", "."], "--output . is no prefix"),
+    **{
+        f"escape {text}": ("a.txt", b"text", ["--document-separator", text], f"{text} has an unknown escape")
+        for text in ("\\x", "\\q", "\\\u4e2d", "a\\", r"\777", r"\N{NO SUCH}", r"\ud800")
+    },
+    **{
+        f"output {text}": ("a.txt", b"text", ["--output", text], f"--output {text} is no prefix: end it with a name")
+        for text in (".", "..", "../", "new/..", "new/.", "new/", "", "/")
+    },
     "output in a file": ("a.txt", b"text", ["--output", "a.txt/out"], "a.txt"),
 }
 
