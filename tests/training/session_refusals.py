@@ -35,6 +35,7 @@ from megatron_vwn.training.refusals import (  # noqa: E402
     monitoring,
     optimizer,
     optimizer_choice,
+    resumed_data,
     unknown,
 )
 from megatron_vwn.training.refusals.megatron import quoting_megatron  # noqa: E402
@@ -230,6 +231,34 @@ def moved_files(argv):
     return found
 
 
+def other_data(argv):
+    """What a run says of a checkpoint of other data: each setting, cyclic loaders, DALI, a long blend, a release."""
+    args = run.Run.parse([*argv, "--train-data-path", "1", "/new/a"], gpu=False).args
+    cyclic = {"dataloader_type": "cyclic", "data_parallel_size": 2}
+
+    def said(theirs, ours=None, release=False):
+        theirs, ours = (Namespace(**vars(args) | (change or {})) for change in (theirs, ours))
+        return resumed_data.changed_data(resume.Checkpoint(ours.load, True, theirs, release=release), ours)
+
+    def blend(weight):
+        return {"train_data_path": [word for number in range(99) for word in (str(number % weight), f"/data/{number}")]}
+
+    return {
+        "each": [said({name: "other"}) for name in resumed_data.COMPARED],
+        "each of a cyclic loader": [said(cyclic | {name: "other"}, cyclic) for name in resumed_data.CYCLIC],
+        "none": [
+            said({}),
+            said(dict.fromkeys(resumed_data.CYCLIC, "other")),
+            said({"dataloader_type": "single"}, {"dataloader_type": "external"}),
+            said({"seed": 7}, release=True),
+            said({"seed": 7}, {"finetune": True}),
+        ],
+        "a folder": said({"train_data_path": ["1", "/old/a"]}),
+        "to a cyclic loader": said({"dataloader_type": "single"}, cyclic),
+        "a long blend": said(blend(9), blend(8)),
+    }
+
+
 def fields_of_a_model():
     """Names in the lists that no configuration has, names in two of them, and names that must not differ."""
     kinds = (MLATransformerConfig, model_config.VirtualWidthModelConfig)
@@ -363,6 +392,7 @@ def main(cases_file, results_file):
     results["full disk elsewhere than --save"] = full_disk_elsewhere(str(Path(cases_file).parent))
     results["parts of a schedule"] = parts_of_a_schedule()
     results["moved files"] = moved_files(cases["argv"]["resume"])
+    results["other data"] = other_data(cases["argv"]["resume"])
     results["drifted reader"] = drifted_reader(cases["argv"]["resume"])
     results["fault of the machine"] = fault_of_the_machine()
     results["other document end"] = other_document_end()

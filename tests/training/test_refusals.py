@@ -464,6 +464,7 @@ def test_accepted(prepared, case):
         ("longer by the checkpoint's", "of the schedule: --lr 0.001 is kept"),
         ("larger batches", "of the schedule: --global-batch-size 4 -> 8"),
         ("other layout", "training resumes from iteration 2"),
+        ("other layout", "it changes the data: --seed 1234 -> 7"),
         ("empty tracker", "resumes from iteration 2 in"),
         ("empty tracker", "its newest whole checkpoint (latest_checkpointed_iteration.txt is missing or empty)"),
         ("no tracker", "its newest whole checkpoint (latest_checkpointed_iteration.txt is missing or empty)"),
@@ -476,6 +477,19 @@ def test_says_where_training_starts(prepared, case, words):
     assert any(words in line for line in prepared[case]["said"])
     changes = any("changes the model's function" in line for line in prepared[case]["said"])
     assert changes == (case in ("other rotary base", "no positions, fine-tuning", "bf16, new optimizer"))
+    assert any("changes the data" in line for line in prepared[case]["said"]) == (case == "other layout")
+
+
+def test_says_what_a_resumed_run_changes_of_the_data(prepared):
+    of_data = prepared["other data"]
+    assert len(of_data["each"]) > 25 and len(of_data["each of a cyclic loader"]) == 3
+    for said in of_data["each"] + of_data["each of a cyclic loader"]:
+        assert len(said) == 1 and " -> " in said[0], said
+    assert of_data["none"] == [[]] * 5
+    assert of_data["a folder"] == ["--train-data-path 1 /old/a -> 1 /new/a"]
+    assert of_data["to a cyclic loader"] == ["--dataloader-type single -> cyclic"]
+    long = "--train-data-path of 198 -> 198 words, the first that differs is no. 17: 8 -> 0"
+    assert of_data["a long blend"] == [long]
 
 
 def test_a_longer_run_at_a_new_rate_goes_on(checkpoint):

@@ -2,7 +2,7 @@
 
 Megatron knows nothing of ``--vwn-*``: some differences (the gate, say) leave every tensor's shape alone and would be
 trained on in silence, others end in a list of missing keys. The rest of the model is compared in ``function``, the
-optimizer and its schedule in ``optimizer``.
+optimizer and its schedule in ``optimizer``, the data in ``resumed_data``.
 """
 
 import argparse
@@ -239,14 +239,19 @@ def refuse_other_vocabulary(checkpoint: Checkpoint, args: argparse.Namespace, to
 
 
 def describe_start(
-    checkpoint: Checkpoint, args: argparse.Namespace, function: Sequence[str], schedule: Sequence[str]
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    function: Sequence[str],
+    schedule: Sequence[str],
+    data: Sequence[str],
 ) -> str:
-    """One line about where training starts, and what the run changes of the checkpoint's function and schedule."""
+    """One line about where training starts, and what the run changes of function, schedule and data."""
     folder = checkpoint.folder
     if not checkpoint.exists:
         return f"{folder} holds no checkpoint{checkpoint.remark}: training starts from the beginning"
     changed = f"; it changes the model's function: {', '.join(function)}" if function else ""
     changed += f"; of the schedule: {', '.join(schedule)}" if schedule else ""
+    changed += f"; it changes the data: {', '.join(data)}" if data else ""
     if checkpoint.weights_alone(args):
         return f"training starts from iteration 0 with the weights in {folder}{checkpoint.remark}{changed}"
     fresh = ", with a new optimizer and schedule" if args.no_load_optim else ""

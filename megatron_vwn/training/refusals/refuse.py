@@ -29,6 +29,7 @@ from megatron_vwn.training.refusals.kernels import refuse_kernels
 from megatron_vwn.training.refusals.megatron import quoting_megatron
 from megatron_vwn.training.refusals.monitoring import check_event_folder, check_monitoring
 from megatron_vwn.training.refusals.optimizer import refuse_other_optimizer
+from megatron_vwn.training.refusals.resumed_data import changed_data
 from megatron_vwn.training.refusals.size import refuse_too_large
 from megatron_vwn.training.refusals.unknown import refuse_unknown
 from megatron_vwn.training.refusals.versions import refuse_versions
@@ -83,18 +84,22 @@ def refuse(run: Run) -> None:
         check_data(run.args)
 
 
-def refuse_other_training(run: Run) -> tuple[list[str], list[str]]:
+def refuse_other_training(run: Run) -> tuple[list[str], list[str], list[str]]:
     """Refuse a checkpoint that the run would not go on with as it was trained; its arguments are validated.
 
     Returns:
-        What the run changes on purpose: of the model's function, and of the schedule.
+        What the run changes on purpose: of the model's function, of the schedule, and of the data.
 
     Raises:
         VirtualWidthError: the sentence to print.
     """
     if run.checkpoint is None:
-        return [], []
-    return refuse_other_function(run.checkpoint, run.args), refuse_other_optimizer(run.checkpoint, run.args)
+        return [], [], []
+    return (
+        refuse_other_function(run.checkpoint, run.args),
+        refuse_other_optimizer(run.checkpoint, run.args),
+        changed_data(run.checkpoint, run.args),
+    )
 
 
 def refuse_document_end(run: Run) -> None:
