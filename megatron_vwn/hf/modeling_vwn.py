@@ -902,9 +902,13 @@ def mask_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 def load_balancing_loss(
     router_logits: tuple[Tensor, ...], config: VWNConfig, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """That of transformers' models with experts, on the scores by which this model's router chooses: the number of
-    experts times the sum over them of their choices per token times their mean score, over all tokens of all layers
-    [layers][T, experts] that attention_mask [batch, sequence] leaves. num_experts_per_tok where all are alike."""
+    """That of transformers' models with experts, on the scores of this model's router: the number of experts times the
+    sum over them of their choices per token times their mean score, over all tokens of all layers [layers][T, experts]
+    that attention_mask [batch, sequence] leaves. num_experts_per_tok where all are alike.
+
+    The choices are those of the scores alone: as in Megatron's loss, a bias of the choice (expert_bias), which balances
+    by itself, has no part in it, so they are not always the experts that the tokens went to.
+    """
     device = router_logits[0].device
     logits_TX = torch.cat([each.to(device) for each in router_logits]).float()
     scores_TX = expert_scores(logits_TX, config.moe_router_score_function)

@@ -14,6 +14,7 @@ from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from parallel import harness  # noqa: E402
 from parallel.cases import ALONE  # noqa: E402
 
@@ -142,6 +143,18 @@ def run(session: harness.Session, tokens: torch.Tensor) -> dict:
     }
 
 
+def balance(session: harness.Session) -> dict[str, torch.Tensor]:
+    """The loss by which a router balances its experts, times one, where its bias sends every token to the first."""
+    router = next(module for module in session.models[0].modules() if isinstance(module, TopKRouter)).train()
+    router.routing_type, router.config.moe_aux_loss_coeff = "aux_loss", 1.0
+    router.expert_bias.zero_()[0] = 50
+    losses = []
+    router.attach_and_log_load_balancing_loss = lambda probs, _, loss, *__, **___: losses.append(loss) or probs
+    logits = torch.randn(18, 1, len(router.expert_bias), generator=torch.Generator().manual_seed(5))
+    _, chosen = router.routing(logits)
+    return {"logits": logits[:, 0], "chosen": chosen, "loss": losses[0]}
+
+
 if __name__ == "__main__":
     harness.initialize_groups(ALONE)
     tokens = torch.randint(0, 96, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(0))
@@ -150,4 +163,5 @@ if __name__ == "__main__":
         results[name] = run(build(VWNConfig(**arguments), False), tokens)
         if name in HALF:
             results[f"{name}, bf16"] = run(build(VWNConfig(**arguments), True), tokens)
-    torch.save({"tokens": tokens, "results": results}, sys.argv[1])
+    balanced = balance(build(VWNConfig(**MODELS["experts by sigmoid"]), False))
+    torch.save({"tokens": tokens, "results": results, "balance": balanced}, sys.argv[1])

@@ -9,6 +9,7 @@ from hf.cases import HALF, MODELS
 
 from megatron_vwn.checkpoint import mapping
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM
+from megatron_vwn.hf.modeling_vwn import VWNRouter, load_balancing_loss
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5  # fp32: the same operations, some in another order
@@ -72,6 +73,20 @@ def test_bf16(name, megatron):
     measure = median_error if model.config.num_experts else error
     errors = [measure(a, e) for a, e in zip(actual, [expected["logits"], *expected["further"]], strict=True)]
     assert max(errors) <= BF16_TOLERANCE, errors
+
+
+@torch.no_grad()
+def test_balance_of_experts_whose_choice_is_biased(megatron):
+    """Every token goes to the first expert, which neither loss knows of."""
+    logits, chosen, loss = (megatron["balance"][name] for name in ("logits", "chosen", "loss"))
+    config = VWNConfig(**MODELS["experts by sigmoid"])
+    router = VWNRouter(config)
+    router.weight.copy_(torch.eye(*router.weight.shape))
+    router.expert_bias[0] = 50
+    found, _, experts = router(torch.nn.functional.pad(logits, (0, config.hidden_size - config.num_experts)))
+    assert torch.equal(torch.zeros_like(chosen).scatter(1, experts, True), chosen) and chosen[:, 0].all()
+    # Megatron divides by the experts of a token, transformers' models do not.
+    assert load_balancing_loss((found,), config) == pytest.approx(config.num_experts_per_tok * loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
