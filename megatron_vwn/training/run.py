@@ -169,15 +169,17 @@ class Run:
             self.model = model_config_from_args(self.args, self.virtual_width, get_tokenizer().vocab_size)
 
     def build_tokenizer(self) -> None:
-        """Set Megatron's global variables, the tokenizer among them, and learn from it where documents end.
+        """Set Megatron's global variables, the tokenizer among them, and learn from it where documents end, and which
+        rows of the vocabulary are tokens.
 
         Raises:
             VirtualWidthError: the tokenizer cannot be built, or the n-grams of the checkpoint end at another token.
         """
         set_global_variables(self.args, build_tokenizer=False)
         build_tokenizer(self.args)
+        self.args.vwn_tokens = get_tokenizer().vocab_size  # for exports, which have no rows that pad
         if self.virtual_width is not None and self.virtual_width.ngrams:
-            # The only setting that is not typed: it joins the others, which are recorded since the flags were parsed.
+            # The only setting of the stream that is not typed: it joins the others, recorded when flags were parsed.
             self.args.vwn_document_end = get_tokenizer().eod
             self.virtual_width = replace(self.virtual_width, document_end=self.args.vwn_document_end)
         refuse_document_end(self)

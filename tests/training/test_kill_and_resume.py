@@ -9,6 +9,8 @@ import psutil
 from models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_vwn.checkpoint.torch_dist import TorchDistReader
+
 ITERATIONS, SAVE_INTERVAL, KILL_AFTER = 20, 5, 8
 
 # Every kind of state that a checkpoint must bring back: optimizer, learning rate, data order and, through dropout, the
@@ -65,6 +67,9 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     expected = losses(whole)
     assert sorted(expected) == list(range(1, ITERATIONS + 1))
+    # What an export must know, and no other argument says: two ranks pad the tokens to 256 rows.
+    saved = TorchDistReader(whole / "checkpoints").arguments
+    assert (saved.vwn_tokens, saved.padded_vocab_size) == (127, 256)
 
     process = start(killed, killed / "log")
     wait_for_line(process, killed / "log", f"iteration {KILL_AFTER:8d}/")
