@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 
 from megatron_vwn.checkpoint.settings import check_config
+from megatron_vwn.checkpoint.vocabulary import tokens_of
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig, VirtualWidthError
 from megatron_vwn.hf import VWNConfig
 from megatron_vwn.training.flags.machine import needed_flags
@@ -152,7 +153,7 @@ def _backbone(args: argparse.Namespace) -> dict[str, object]:
         model["shared_expert_intermediate_size"] = args.moe_shared_expert_intermediate_size or 0
     act, gated = _activation(args)
     return model | {
-        "vocab_size": args.padded_vocab_size,
+        "vocab_size": tokens_of(args),
         "hybrid_pattern": pattern,
         "num_mtp_layers": len(further),
         "mtp_hybrid_pattern": further[0] if further else "",

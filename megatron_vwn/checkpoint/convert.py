@@ -19,6 +19,7 @@ from megatron_vwn.checkpoint.folders import SafetensorsReader, SafetensorsWriter
 from megatron_vwn.checkpoint.model_card import ARGUMENTS, write_model_card
 from megatron_vwn.checkpoint.settings import check_arguments, read_object
 from megatron_vwn.checkpoint.torch_dist import TensorInfo, TorchDistReader, write_torch_dist
+from megatron_vwn.checkpoint.vocabulary import TOKENS, padded_size
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.hf import VWNConfig, VWNForCausalLM, add_code
 from megatron_vwn.training.flags.defaults import megatron_defaults, megatron_parser
@@ -110,6 +111,7 @@ def from_hf(
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "seq_length": saved.get("seq_length") or config.max_position_embeddings,
+        "padded_vocab_size": padded_size(config.vocab_size, saved.get("padded_vocab_size")),
     }
     if (source.folder / "tokenizer_config.json").exists():
         tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(source.folder.resolve())}
@@ -119,7 +121,7 @@ def from_hf(
         config,
         source.tensors,
         source.read,
-        arguments=argparse.Namespace(**(saved | arguments), params_dtype=dtype),
+        arguments=argparse.Namespace(**(saved | arguments | {TOKENS: config.vocab_size}), params_dtype=dtype),
         progress=progress,
     )
     return arguments

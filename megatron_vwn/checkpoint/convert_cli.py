@@ -51,6 +51,7 @@ def _to_hf(options: argparse.Namespace) -> None:
     # Imported when the command line is known: torch and Megatron take seconds.
     from megatron_vwn.checkpoint.convert import to_hf
     from megatron_vwn.checkpoint.torch_dist import TorchDistReader
+    from megatron_vwn.checkpoint.vocabulary import TOKENS
 
     source = TorchDistReader(options.source)
     tokenizer = options.tokenizer or _tokenizer_of(source)
@@ -67,6 +68,11 @@ def _to_hf(options: argparse.Namespace) -> None:
             _verify(options.source, folder)
     print(f"{options.target}: {config.hybrid_pattern}, {len(source.tensors)} tensors of Megatron", end="")
     print(f", tokenizer of {tokenizer}." if tokenizer else "; no tokenizer: give one with --tokenizer.")
+    if getattr(source.arguments, TOKENS, None) is None:
+        print(
+            f"The checkpoint does not say how many of its {config.vocab_size} rows of vocabulary are tokens, so all "
+            "are exported, any that pad it too: train on with this version, which saves it, to leave them out."
+        )
 
 
 def _from_hf(options: argparse.Namespace) -> None:

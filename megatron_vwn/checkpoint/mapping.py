@@ -8,8 +8,8 @@ back:
     linear_fc1   [2 F, D] of a gated MLP                                gate_proj, up_proj
     vocabulary   [padded vocabulary, ...]                               rows beyond vocab_size are dropped
 
-The last one has no inverse: a merged table has vocab_size rows, which Megatron's loading pads. ``config`` is any object
-with the fields of ``megatron_vwn.hf.VWNConfig``. Nothing here imports transformers or Megatron.
+The last one has no inverse: a merged table has vocab_size rows, which Megatron's loading pads with zeros. ``config`` is
+any object with the fields of ``megatron_vwn.hf.VWNConfig``. Nothing here imports transformers or Megatron.
 
     for key in megatron_keys:    for hf_key, part in to_hf(key, tensor, config): ...
     for hf_key in hf_keys:       wanted.add(megatron_key(hf_key, config))

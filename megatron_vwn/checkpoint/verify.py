@@ -3,8 +3,8 @@
     python -m megatron_vwn.checkpoint.verify MEGATRON FOLDER
 
 A program of its own, which ``vwn-convert --verify`` starts: Megatron's model needs process groups and, without a GPU,
-the emulation, which must come before the first import of Megatron. Nothing of the converter is used but its names: the
-model is built from the run's arguments and loaded by Megatron, in one process.
+the emulation, which must come before the first import of Megatron. Nothing of the converter is used but its names, and
+which rows are tokens: the model is built from the run's arguments and loaded by Megatron, in one process.
 """
 
 import megatron_vwn.cpu
@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from megatron_vwn.checkpoint import mapping  # noqa: E402
 from megatron_vwn.checkpoint.torch_dist import TorchDistReader  # noqa: E402
+from megatron_vwn.checkpoint.vocabulary import tokens_of  # noqa: E402
 from megatron_vwn.cli import DIFFERENT, exit_code, progress_bar  # noqa: E402
 from megatron_vwn.config import VirtualWidthError  # noqa: E402
 from megatron_vwn.hf import VWNConfig  # noqa: E402
@@ -131,8 +132,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Output:
-    """What a model says about one prompt: logits [tokens, vocabulary] of the next token and of each further one, and
-    which experts every token took, [layers, tokens, experts]."""
+    """What a model says about one prompt: logits [tokens, vocabulary without padding] of the next token and of each
+    further one, and which experts every token took, [layers, tokens, experts]."""
 
     logits: list[Tensor]
     experts: Tensor | None
@@ -157,10 +158,13 @@ def compare(megatron: Path, hugging_face: Path) -> bool:
     """Run both in the checkpoint's precision and in fp32, and print the differences.
 
     Returns:
-        Whether all of them are within TOLERANCE.
+        Whether all of them are within TOLERANCE, of models with the same tokens.
     """
     reader = TorchDistReader(megatron)
     config = AutoConfig.from_pretrained(hugging_face, trust_remote_code=False)
+    if config.vocab_size != (tokens := tokens_of(reader.arguments)):
+        print(f"the folder has {config.vocab_size} tokens, the checkpoint {tokens} (BEYOND any tolerance)", flush=True)
+        return False
     prompts = _prompts(hugging_face, config)
     own = reader.tensors["embedding.word_embeddings.weight"].dtype
     same = True
@@ -219,8 +223,9 @@ def _run_megatron(
     model = _megatron_model(reader.arguments, dtype)
     _load(model, reader, config)
     head: list[Tensor] = []
+    rows = config.vocab_size  # those behind them pad
     # Cloned: losses of further predictions are computed in place. They come before the next token's.
-    model.output_layer.register_forward_hook(lambda _, __, out: head.append(out[0][:, 0].float().cpu().clone()))
+    model.output_layer.register_forward_hook(lambda _, __, out: head.append(out[0][:, 0, :rows].float().cpu().clone()))
     routing = _record(model, TopKRouter, lambda output: output[1].bool().cpu())
     outputs = []
     for tokens in prompts:

@@ -38,10 +38,12 @@ def _widen(options: argparse.Namespace) -> None:
     from megatron_vwn.checkpoint.convert import write_megatron
     from megatron_vwn.checkpoint.folders import SafetensorsReader, appearing_whole
     from megatron_vwn.checkpoint.torch_dist import TorchDistReader
+    from megatron_vwn.checkpoint.vocabulary import TOKENS, padded_size
     from megatron_vwn.checkpoint.widen import from_hugging_face, from_megatron, widen
 
     if (options.source / "config.json").exists():
-        model, arguments = from_hugging_face(SafetensorsReader(options.source)), {}
+        model = from_hugging_face(SafetensorsReader(options.source))
+        arguments = {TOKENS: model.settings["vocab_size"]}
     else:
         source = TorchDistReader(options.source)
         model, arguments = from_megatron(source), vars(source.arguments)
@@ -54,6 +56,7 @@ def _widen(options: argparse.Namespace) -> None:
     config, tensors, read = widen(model, virtual_width, fresh_predictions=fresh)
     dtype = tensors["model.embed_tokens.weight"].dtype
     model_arguments = megatron_arguments(config) | {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    model_arguments["padded_vocab_size"] = padded_size(config.vocab_size, arguments.get("padded_vocab_size"))
     arguments = arguments | model_arguments | {"params_dtype": dtype}
     arguments["transformer_impl"] = options.transformer_impl or arguments.get("transformer_impl") or backend_here()
     with appearing_whole(options.target, overwrite=options.overwrite, sources=[options.source]) as folder:
@@ -62,7 +65,7 @@ def _widen(options: argparse.Namespace) -> None:
     if model.further:
         further = "; its further predictions " + ("begin with a new fusion" if fresh else "are gone")
     print(f"{options.target}: the function of {options.source} with r = {float(virtual_width.expansion):g}{further}.")
-    print("Train on with these and your training flags; ranks that do not divide the vocabulary pad it with new rows:")
+    print("Train on with these and your training flags; without --padded-vocab-size Megatron pads for its own ranks:")
     words = command_line(model_arguments | {"transformer_impl": arguments["transformer_impl"]})
     print("   ", shlex.join(["--load", str(options.target), *words]))
 

@@ -19,9 +19,15 @@ FEWEST = 0.8  # of the tokens, whose experts must agree in bf16: near ties are r
 @pytest.mark.parametrize("name", SAVES)
 def test_back_is_bit_equal(name, saves):
     there, back = TorchDistReader(saves / name), TorchDistReader(saves / f"{name} and back")
-    assert there.tensors == back.tensors  # names, shapes and dtypes
-    for key in there.tensors:
-        assert torch.equal(there.read(key), back.read(key)), key
+    assert there.tensors.keys() == back.tensors.keys()
+    for key, whole in back.tensors.items():
+        tensor = there.read(key)
+        if "padded" in name and key.endswith(("word_embeddings.weight", "output_layer.weight")):
+            assert len(tensor) == 128
+            tensor = tensor[:96]
+        assert (tensor.shape, tensor.dtype) == (whole.shape, whole.dtype) and torch.equal(tensor, back.read(key)), key
+    for told in ("vwn_tokens", "padded_vocab_size"):
+        assert getattr(there.arguments, told) == getattr(back.arguments, told)
     assert {key for key in there.objects if "_extra_state" in key} <= set(back.objects)
 
 
@@ -56,7 +62,9 @@ def test_same_logits_and_text(name, saves):
                 lambda _, __, out: routing.append(torch.zeros(out[0].shape, dtype=torch.bool).scatter(1, out[2], True))
             )
     tokens, e = expected["tokens"], expected["logits"].double()
-    a = model(tokens).logits[0].double()
+    out = model(tokens, labels=tokens)
+    a = out.logits[0].double()
+    assert out.loss.item() == pytest.approx(expected["loss"], rel=1e-2 if model.dtype == torch.bfloat16 else 1e-5)
     if model.dtype == torch.bfloat16 and routing:
         agree = (torch.stack(routing) == expected["experts"]).all(-1).all(0)
         assert agree.float().mean() >= FEWEST

@@ -22,8 +22,10 @@ def test_tensors():
 
 
 @torch.no_grad()
-def test_function(tmp_path):
+def test_function(tmp_path, capsys):
     assert vwn_convert(["to-hf", str(HERE / "megatron"), str(tmp_path / "folder")]) == 0
+    # As no checkpoint did when it was made; test_convert.py has those that do.
+    assert "does not say how many of its 16 rows" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     tokens = torch.tensor(EXPECTED["tokens"])
     torch.testing.assert_close(model(tokens).logits[0, -1], torch.tensor(EXPECTED["last"]), rtol=1e-5, atol=1e-6)

@@ -102,6 +102,9 @@ def test_the_written_checkpoint_holds_the_model(sources, tmp_path, capsys):
     assert not written.read("decoder.layers.1.connection.routing").any()
     assert (written.read("decoder.layers.1.connection.norm") == 1).all()
     assert (written.arguments.vwn_m, written.arguments.vwn_reduce_norm) == (2, False)
+    # Its 96 rows are tokens, and Megatron's ranks can share 128.
+    assert (written.arguments.vwn_tokens, written.arguments.padded_vocab_size) == (96, 128)
+    assert "--padded-vocab-size 128" in said
     assert vwn_widen(argv[:2]) == 2 and "add --vwn-m and --vwn-n" in capsys.readouterr().err
     assert vwn_widen(argv) == 2 and "--overwrite" in capsys.readouterr().err
     assert vwn_widen([*argv, "--overwrite"]) == 0

@@ -147,7 +147,7 @@ def exported(tmp_path_factory, data):
     tokenizer = AutoTokenizer.from_pretrained(folder / FOLDER)
     torch.manual_seed(0)
     config = VWNConfig(
-        vocab_size=512,  # filled up, as Megatron's tables are
+        vocab_size=512,  # more than tokens, as exports of earlier versions have
         hidden_size=32,
         intermediate_size=64,
         num_attention_heads=4,
