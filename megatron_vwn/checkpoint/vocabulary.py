@@ -7,6 +7,8 @@ some kinds of tokenizers alone.
 
 import argparse
 
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
 from megatron_vwn.training.flags.defaults import megatron_defaults
 
 TOKENS = "vwn_tokens"
@@ -30,4 +32,4 @@ def padded_size(tokens: int, rows: int | None) -> int:
     if rows is not None and rows >= tokens:
         return rows
     multiple = megatron_defaults()["make_vocab_size_divisible_by"]
-    return -(-tokens // multiple) * multiple
+    return calculate_padded_vocab_size(tokens, multiple, 1, logging_enabled=False)

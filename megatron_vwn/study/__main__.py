@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_vwn.cli import FAILED, exit_code
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
-from megatron_vwn.study.plan import Run, Study, check_data, load_study, repeated_data
+from megatron_vwn.study.plan import Run, Study, check_data, flag_groups, load_study, repeated_data
 
 # What the package's extra "study" installs; training needs none of it.
 _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")
@@ -110,15 +110,8 @@ def _counted(study: Study, output: Path, **more: str) -> dict[str, dict]:
 
 def _all_flags(study: Study) -> list[str]:
     """Every flag and value of the study once, for the parser; which of them go together is seen when a run starts."""
-    words: dict[tuple[str, ...], None] = {}
-    for variant in study.variants:
-        group: list[str] = []
-        for word in [*variant.arguments(), "--"]:
-            if word.startswith("--") and group:
-                words[tuple(group)] = None
-                group = []
-            group.append(word)
-    return [word for group in words for word in group]
+    groups = dict.fromkeys(group for variant in study.variants for group in flag_groups(variant.arguments()))
+    return [word for group in groups for word in group]
 
 
 def _print_plan(study: Study, runs: list[Run], output: Path) -> None:

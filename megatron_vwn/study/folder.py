@@ -2,7 +2,7 @@
 
 DIR/study.json                               title, order, counted FLOPs and parameters
 DIR/<variant>/timing.json                    seconds per step, measured alone
-DIR/<variant>/seed-<s>/run.json              flags, tokens per step, hardware, versions, state
+DIR/<variant>/seed-<s>/run.json              flags, tokens per step, state; of every start hardware, versions, commit
 DIR/<variant>/seed-<s>/{events,log.txt,checkpoints}
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,6 +166,12 @@ def write_study(output: Path, study: Study, **more: object) -> None:
     variants = {variant.name: variant.arguments() for variant in study.variants}
     content = {"title": study.title, "baseline": study.baseline, "seeds": study.seeds, "variants": variants}
     write_json(output / STUDY, read_json(output / STUDY) | content | more)
+
+
+def foreign(folder: Path, written: Collection[str]) -> Path | None:
+    """What a folder holds that is no file of these names; None also where there is no folder."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return next((path for path in paths if path.is_dir() or path.name not in written), None)
 
 
 def read_json(path: Path) -> dict:

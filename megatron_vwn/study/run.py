@@ -17,7 +17,6 @@ from megatron_vwn.study.progress import Progress, minutes
 from megatron_vwn.training.log_lines import read_step, read_validation
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_MACHINE = ("hardware", "versions", "commit")
 Gpus = tuple[str, ...] | None
 
 
@@ -80,7 +79,7 @@ def run_all(
         while waiting or busy:
             while waiting and free:
                 folder, place = waiting.pop(0), free.pop(0)
-                child = _start(study, folder, place, facts | {"counted": counted.get(folder.run.variant.name)}, lock)
+                child = _start(study, folder, place, facts, counted.get(folder.run.variant.name), lock)
                 whence = f"resuming from step {folder.last_checkpoint}" if folder.last_checkpoint else "starting"
                 progress.say(folder.run.name, f"{whence}; log: {folder.log}")
                 busy[child] = folder, place, time.monotonic()
@@ -101,12 +100,10 @@ def run_all(
     return failed
 
 
-def _start(study: Study, folder: RunFolder, place: Gpus, facts: dict, lock: int) -> Child:
+def _start(study: Study, folder: RunFolder, place: Gpus, facts: dict, counted: dict | None, lock: int) -> Child:
     variant, flags, record = folder.run.variant, folder.arguments(), folder.record
-    starts = list(record.get("starts") or ())
-    if record and not starts:  # a record that is older than "starts": the facts of its first
-        starts.append({key: record.get(key) for key in _MACHINE})
-    starts.append({"step": folder.last_checkpoint} | {key: facts[key] for key in _MACHINE})
+    # A record that is older than "starts" has the facts of its last one itself.
+    earlier = record.get("starts") or ([{key: record.get(key) for key in facts}] if record else [])
     folder.write(
         variant=variant.name,
         seed=folder.run.seed,
@@ -120,8 +117,8 @@ def _start(study: Study, folder: RunFolder, place: Gpus, facts: dict, lock: int)
         command=shlex.join(["torchrun", *launch(flags, study.ranks)[3:]]),
         data=token_files(folder.run),
         started=record.get("started") or time.strftime("%Y-%m-%d %H:%M:%S"),
-        starts=starts,
-        **facts,
+        starts=[*earlier, {"step": folder.last_checkpoint} | facts],
+        counted=counted,
     )
     return Child(flags, study.ranks, folder.log, place, keep_open=(lock,))
 

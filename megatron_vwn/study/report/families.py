@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig
+from megatron_vwn.study.plan import flag_groups
 from megatron_vwn.study.report.events import R_IN_NAME
 from megatron_vwn.study.report.fit import Fit, fit_widths
 
@@ -64,12 +65,7 @@ def families(variants: Sequence[Variant]) -> list[list[str]]:
 
 def _flags(variant: Variant) -> frozenset[tuple[str, ...]]:
     """Of a study's run, every flag with its values but the seed and those that make no family."""
-    groups: list[tuple[str, ...]] = []
-    for word in variant.first.record.get("flags", ()):
-        if word.startswith("--"):
-            groups.append((word,))
-        elif groups:
-            groups[-1] += (word,)
+    groups = flag_groups(variant.first.record.get("flags") or ())
     return frozenset(group for group in groups if group[0] not in _NO_FAMILY)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_vwn.atomic import atomic_folder, write_json
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.study.folder import RECORD, STUDY, TIMING, read_json
+from megatron_vwn.study.folder import RECORD, STUDY, TIMING, foreign, read_json
 from megatron_vwn.study.report.compare import METRICS, TRAINING
 from megatron_vwn.study.report.events import EVENTS, KEPT, KEPT_FACTS, VALIDATION, Curve, LoggedRun, find_runs
 from megatron_vwn.study.report.growth import SCHEDULE
@@ -47,19 +47,23 @@ def keep(folder: Path, output: Path) -> list[str]:
         raise VirtualWidthError(f"{output} is where the runs are: give an --output beside {folder}.")
     if live := next(output.rglob(EVENTS), None):
         raise VirtualWidthError(f"{output} holds runs themselves ({live}): give an --output of kept runs alone.")
-    kept, study = 0, read_json(folder / STUDY)
+    study = read_json(folder / STUDY)
     # Also those that ended before they wrote an event file.
     names = [f"{variant}/seed-{seed}" for variant in study.get("variants", ()) for seed in study.get("seeds", ())]
     records = {name: read_json(folder / name / RECORD) for name in names}
     try:
-        for run in find_runs([folder]):
-            records[run.name] = run.record
-            if _is_done(run.record):
-                _check_target(output / run.name)
-                _write(run, output / run.name)
-                kept += 1
-                if run.timing:
-                    write_json((output / run.name).parent / TIMING, _without_folders(run.timing))
+        runs = find_runs([folder])
+        records |= {run.name: run.record for run in runs}
+        done = [run for run in runs if _is_done(run.record)]
+        for run in done:
+            if path := foreign(output / run.name, (KEPT, KEPT_FACTS, RECORD)):
+                raise VirtualWidthError(
+                    f"{path} is nothing that vwn-study keep wrote: move it or give another --output."
+                )
+        for run in done:
+            _write(run, output / run.name)
+            if run.timing:
+                write_json((output / run.name).parent / TIMING, _without_folders(run.timing))
         unfinished = {name: record for name, record in records.items() if not _is_done(record)}
         earlier = [name for name in unfinished if (output / name / KEPT).exists()]
         for name, record in unfinished.items():
@@ -75,19 +79,12 @@ def keep(folder: Path, output: Path) -> list[str]:
         + ("what was kept of it before stays." if name in earlier else "its curves are left out.")
         for name, record in unfinished.items()
     ]
-    return [*lines, f"{kept} runs are in {output}. Compare them: vwn-study report {output}"]
+    return [*lines, f"{len(done)} runs are in {output}. Compare them: vwn-study report {output}"]
 
 
 def _is_done(record: Mapping) -> bool:
     """Runs of others have no record, and are taken as they are."""
     return record.get("state", "done") == "done"
-
-
-def _check_target(folder: Path) -> None:
-    """Refuse to replace what ``keep`` did not write."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name not in (KEPT, KEPT_FACTS, RECORD):
-            raise VirtualWidthError(f"{path} is nothing that vwn-study keep wrote: move it or give another --output.")
 
 
 def _write(run: LoggedRun, folder: Path) -> None:

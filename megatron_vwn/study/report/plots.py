@@ -33,8 +33,6 @@ _SETTINGS = {
     "svg.hashsalt": "vwn-study",
     "figure.dpi": 130,
 }
-_KINDS = ("loss", "gap", "growth", "width", "budgets")
-NAMES = {f"{metric.key}-{kind}" for metric in METRICS for kind in _KINDS} | {"speedup", "routing"}
 # What the beginning of training looks like is no question of a study.
 _SHOWN_FROM = 0.25
 
@@ -48,21 +46,11 @@ def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
     plots: dict[str, str] = {}
     with pyplot.rc_context(_SETTINGS):
         for result in comparison.results:
-            key, title = result.metric.key, result.metric.title
-            figures = {
-                f"{key}-loss": (_losses(comparison, result), f"The {title} against {comparison.unit}"),
-                f"{key}-gap": (_gaps(comparison, result), f"Difference in {title} from the baseline"),
-                f"{key}-growth": (
-                    _growths(comparison, result),
-                    f"How many times fewer {comparison.unit} reach the baseline's {title}, all along its training",
-                ),
-                f"{key}-width": (_widths(comparison, result), f"The {title} against log2 r at equal budgets"),
-                f"{key}-budgets": (_budgets(comparison, result), f"Difference in {title} at equal budgets"),
-            }
-            for name, (figure, caption) in figures.items():
-                if figure is not None:
+            for kind, (make, caption) in _OF_A_METRIC.items():
+                if (figure := make(comparison, result)) is not None:
+                    name = f"{result.metric.key}-{kind}"
                     _save(figure, folder / name)
-                    plots[name] = caption
+                    plots[name] = caption.format(title=result.metric.title, unit=comparison.unit)
         if (figure := _speedups(comparison)) is not None:
             _save(figure, folder / "speedup")
             plots["speedup"] = f"How many times fewer {comparison.unit} reach the baseline's final loss"
@@ -327,3 +315,15 @@ def _label_x(axes, comparison: Comparison, budget: float) -> None:
 
 def _legend(axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+
+
+# By the end of its name, what makes a plot of a metric, and its caption.
+_OF_A_METRIC = {
+    "loss": (_losses, "The {title} against {unit}"),
+    "gap": (_gaps, "Difference in {title} from the baseline"),
+    "growth": (_growths, "How many times fewer {unit} reach the baseline's {title}, all along its training"),
+    "width": (_widths, "The {title} against log2 r at equal budgets"),
+    "budgets": (_budgets, "Difference in {title} at equal budgets"),
+}
+NAMES = {f"{metric.key}-{kind}" for metric in METRICS for kind in _OF_A_METRIC} | {"speedup", "routing"}
+"""Of all files that a report may have, without suffix."""

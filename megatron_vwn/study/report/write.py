@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_vwn.atomic import atomic_folder
 from megatron_vwn.config import VirtualWidthError
-from megatron_vwn.study.folder import RECORD, STUDY, read_json
+from megatron_vwn.study.folder import RECORD, STUDY, foreign, read_json
 from megatron_vwn.study.report.compare import AXES, Comparison, compare
 from megatron_vwn.study.report.events import LoggedRun, find_runs
 from megatron_vwn.study.report.plots import NAMES, draw, draw_routing
@@ -36,9 +36,8 @@ def write_report(folders: Sequence[Path], output: Path, baseline: str | None, co
     """
     if output.exists() and not output.is_dir():
         raise VirtualWidthError(f"{output} is there and is no report: give another --output.")
-    for path in sorted(output.iterdir()) if output.exists() else ():
-        if path.is_dir() or path.name not in _WRITTEN:
-            raise VirtualWidthError(f"{output} holds {path.name}, which no report wrote: give another --output.")
+    if path := foreign(output, _WRITTEN):
+        raise VirtualWidthError(f"{output} holds {path.name}, which no report wrote: give another --output.")
     runs = find_runs(list(folders))
     study = read_json(folders[0] / STUDY) if len(folders) == 1 else {}
     comparison = compare(runs, baseline or study.get("baseline"), list(study.get("variants", ())))
