@@ -74,7 +74,7 @@ def test_the_studies_of_the_checkout_are_what_they_say():
     assert tiny.variants[0].tokens_per_step == 1024 and len(tiny.runs()) == 15
     ablation = load_study(EXAMPLES / "ablation.yaml")
     assert "mtp-num-layers" not in ablation.variants[0].flags and len(ablation.runs()) == 20
-    for name, runs, tried, lr in (("small", 15, 4, 7.5e-4), ("gpu", 15, 3, 1e-3)):
+    for name, runs, tried, lr in (("small", 18, 4, 7.5e-4), ("gpu", 15, 3, 1e-3)):
         study, rates = load_study(EXAMPLES / f"{name}.yaml"), load_study(EXAMPLES / f"{name}-lr.yaml")
         assert [len(study.runs()), len(rates.runs())] == [runs, tried]
         assert rates.variants[0].flags == study.variants[0].flags | {"lr": lr, "min-lr": pytest.approx(lr / 10)}
