@@ -1,4 +1,4 @@
-"""What the command-line programs share: their exit codes, how they end, and how they show progress.
+"""What the command-line programs share: flags with their values, exit codes, how they end, and how they show progress.
 
 Nothing here imports torch or Megatron: the programs refuse what they can before they import either.
 """
@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from megatron_vwn.config import VirtualWidthError
@@ -92,6 +92,17 @@ def progress_bar[T](
                 flush=True,
             )
         yield item
+
+
+def flag_groups(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """A command line's flags, each with its values; words before the first flag are a group of their own."""
+    groups: list[tuple[str, ...]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append((word,))
+        else:
+            groups[-1] += (word,)
+    return groups
 
 
 def die_with_parent(number: int, parent: int) -> None:

@@ -21,7 +21,7 @@ from megatron_vwn.atomic import write_json
 from megatron_vwn.benchmark import report
 from megatron_vwn.benchmark import table as _benchmark_table
 from megatron_vwn.benchmark.arguments import DTYPES, PROGRAM, parser
-from megatron_vwn.cli import exit_code, progress_bar
+from megatron_vwn.cli import exit_code, flag_groups, progress_bar
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.ops.costs import OPS, Op, Width
 from megatron_vwn.planner import kernel_times
@@ -329,24 +329,17 @@ def _split_width(rest: list[str]) -> tuple[list[str], list[str]]:
     """The ``--vwn-*`` flags with their values, and all others."""
     width: list[str] = []
     others: list[str] = []
-    current = others
-    for token in rest:
-        if token.startswith("--"):
-            current = width if token.startswith("--vwn-") else others
-        current.append(token)
+    for group in flag_groups(rest):
+        (width if group[0].startswith("--vwn-") else others).extend(group)
     return width, others
 
 
 def _with_defaults(flags: list[str], defaults: list[str]) -> list[str]:
     """Flags completed by the defaults that they do not name."""
-    typed = {flag.partition("=")[0] for flag in flags}
-    completed, wanted = list(flags), False
-    for word in defaults:
-        if word.startswith("--"):
-            wanted = word not in typed and not (word == "--bf16" and "--fp16" in typed)
-        if wanted:
-            completed.append(word)
-    return completed
+    given = {flag.partition("=")[0] for flag in flags}
+    if "--fp16" in given:
+        given.add("--bf16")  # the other of the two
+    return [*flags, *(word for group in flag_groups(defaults) if group[0] not in given for word in group)]
 
 
 def _shape(options: argparse.Namespace, device: torch.device) -> tuple[list[str], list[str]]:

@@ -14,10 +14,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_vwn.cli import FAILED, exit_code
+from megatron_vwn.cli import FAILED, exit_code, flag_groups
 from megatron_vwn.config import VirtualWidthError
 from megatron_vwn.recipes.flags import check_flags
-from megatron_vwn.study.plan import Run, Study, check_data, flag_groups, load_study, repeated_data
+from megatron_vwn.study.plan import Run, Study, check_data, load_study, repeated_data
 
 # What the package's extra "study" installs; training needs none of it.
 _EXTRA = ("jinja2", "markdown", "matplotlib", "scipy")

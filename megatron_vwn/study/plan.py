@@ -169,17 +169,6 @@ def load_study(path: Path, data: str | None = None) -> Study:
     )
 
 
-def flag_groups(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """A command line's flags, each with its values."""
-    groups: list[tuple[str, ...]] = []
-    for word in words:
-        if word.startswith("--"):
-            groups.append((word,))
-        elif groups:
-            groups[-1] += (word,)
-    return groups
-
-
 def check_data(study: Study) -> None:
     """Refuse data that is not there, with the command that makes it where the study says one (``made-by``).
 

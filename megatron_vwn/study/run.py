@@ -58,7 +58,7 @@ def run_all(
         output: its folder.
         runs: those to train.
         places: as ``slots`` gives them.
-        counted: of each variant, as ``_study_count.count`` gives it.
+        counted: of each variant, as ``count.count`` gives it.
         lock: the descriptor that children inherit.
 
     Returns:

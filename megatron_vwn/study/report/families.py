@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from megatron_vwn.cli import flag_groups
 from megatron_vwn.config import OF_THE_RUN, VirtualWidthConfig
-from megatron_vwn.study.plan import flag_groups
 from megatron_vwn.study.report.events import R_IN_NAME
 from megatron_vwn.study.report.fit import Fit, fit_widths
 
