@@ -1,6 +1,7 @@
 """Event files as Megatron writes them, with losses that are known."""
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 STEPS, BATCH, LENGTH = 400, 8, 128
 _SECONDS = itertools.count()
 TOKENS = BATCH * LENGTH
+WIDTHS = (1, 2, 4, 8)
+# By seed: an offset of all its losses, and how much its gain per doubling differs from 0.25.
+SEEDS = {1: (0.3, -0.02), 2: (0.0, 0.0), 3: (-0.1, 0.02)}
 
 
 def write_run(
@@ -56,3 +60,8 @@ def megatron_arguments(r: float) -> dict[str, object]:
 def falling(pace: float, start: float = 5.0, every: int = 40, steps: int = STEPS) -> dict[int, float]:
     """A loss that falls by ``pace`` in 400 steps, evenly."""
     return {step: start - pace * step / STEPS for step in range(every, steps + 1, every)}
+
+
+def pace(r: float, seed: int) -> float:
+    """Of a loss 5 + offset - pace step / 400: it reaches the baseline's end after 400 / pace steps."""
+    return 1 + (0.25 + SEEDS[seed][1]) * math.log2(r)
